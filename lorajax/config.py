@@ -1,0 +1,208 @@
+"""The command line of an experiment: ``--config FILE[:name=value,...] --config.key=value --flag=value``.
+
+Structure is chosen by the argument string after the file (`configs/adalora.py:task=rte,rank=8`): the file's
+`get_config(arg)` reads it with `arguments` and may build a different config from it. Values are then set one at a time
+with dotted flags (`--config.lr=1e-3`), typed by the value that is there. Every mistake is a `ConfigError` of one line
+that says what was asked, the nearest valid name and the way out; `main` of a script turns it into a clean exit.
+
+A config file keeps what `arguments` returned under `args`, which is how `parse` knows what the name of the run has to say:
+
+    def get_config(arg=None):
+        args = config.arguments(arg, task='reviews', rank=8, smoke=False)
+        return ConfigDict(dict(args=args, seed=0, lr=1e-3))
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+_NAME_LIMIT = 120  # characters of a folder name; file systems stop at 255 bytes
+
+
+class ConfigError(ValueError):
+    """A mistake in the command line or in a config: one line, meant to be printed as it is."""
+
+
+class Launch(NamedTuple):
+    """A parsed command line.
+
+    config: locked ConfigDict. name: of the config with its arguments and overrides, fit for a folder; the seed is left out,
+    it has a folder of its own. options: the script's own flags, as typed by their defaults.
+    """
+
+    config: ConfigDict
+    name: str
+    options: dict[str, Any]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``": did you mean 'x'?"`` with the closest of `names`, or ``"."`` if none is close."""
+    names = [str(n) for n in names]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if not close:  # a right word at the wrong place: `learning_rate.value`, `beta1` for `controller.beta1`
+        close = [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    return f": did you mean {close[0]!r}?" if close else "."
+
+
+def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """`table[name]`, or a ConfigError that names the nearest key: ``unknown task 'sts2': did you mean 'sst2'? ...``."""
+    if name not in table:
+        raise ConfigError(f"unknown {kind} {name!r}{nearest(name, table)} There are: {', '.join(sorted(table))}")
+    return table[name]
+
+
+def typed(name: str, text: str, like: Any) -> Any:
+    """`text` as the type of `like` (bool, int, float, str, or a tuple of one of these written ``a,b,c``)."""
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if isinstance(like, (tuple, list)):
+            parts = [p for p in text.strip("()[]").split(",") if p]
+            return tuple(typed(name, p, like[0] if like else "") for p in parts)
+        if isinstance(like, (int, float, str)):
+            return type(like)(text)
+    except (KeyError, ValueError):
+        pass
+    raise ConfigError(f"{name}={text!r} is not of type {type(like).__name__}: its value is {like!r}, give one of that type")
+
+
+def arguments(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Reads ``'task=rte,rank=8,smoke'`` over typed defaults; a bare name sets a bool to True.
+
+    Args:
+      arg: what stands after the colon of ``--config FILE:arg``; None or '' for the defaults.
+      **defaults: every argument the config understands, with the value that also gives its type.
+    """
+    out = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, given, text = item.partition("=")
+        if name not in defaults:
+            raise ConfigError(f"unknown config argument {name!r}{nearest(name, defaults)} There are: {', '.join(defaults)}")
+        if not given and not isinstance(defaults[name], bool):
+            raise ConfigError(f"config argument {name!r} has no value: write {name}={defaults[name]}")
+        out[name] = typed(name, text, defaults[name]) if given else True
+    return ConfigDict(out)
+
+
+def load(spec: str) -> ConfigDict:
+    """Runs the `get_config` of ``FILE[:arg]``; FILE may also be given without its `.py`."""
+    file, _, arg = spec.partition(":")
+    path = Path(file if file.endswith(".py") else f"{file}.py")
+    if not path.is_file():
+        there = [str(p) for p in sorted(path.parent.glob("*.py")) if p.stem != "__init__"] if path.parent.is_dir() else []
+        raise ConfigError(f"no config file {str(path)!r}{nearest(str(path), there)} There are: {', '.join(there) or 'none'}")
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no get_config(arg=None) that returns a ConfigDict: see configs/lora.py")
+    return module.get_config(arg or None)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value for every leaf of a nested config, in order of the names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, Mapping)):
+            flat.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+        else:
+            flat[key] = value
+    return dict(sorted(flat.items()))
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets the dotted `name` in place to `text`, typed by the value that is there."""
+    flat = flatten(config)
+    if name.startswith("args.") and name in flat:
+        raise ConfigError(f"--config.{name} is structure: give it after the config file, --config FILE:{name[5:]}={text}")
+    if name not in flat:
+        raise ConfigError(f"unknown key --config.{name}{nearest(name, flat)} There are: "
+                          f"{', '.join(k for k in flat if not k.startswith('args.'))}")
+    *parents, last = name.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = typed(f"--config.{name}", text, flat[name])
+
+
+def parse(argv: Sequence[str], **options: Any) -> Launch:
+    """Parses ``--config FILE[:arg]``, ``--config.key=value`` and the script's own ``--flag=value``.
+
+    A value may also follow as the next word; a bool option is also ``--flag`` and ``--no-flag``.
+
+    Args:
+      argv: the words after the script's name.
+      **options: the script's flags with their defaults (underscores become dashes).
+    """
+    flags = {key.replace("_", "-"): key for key in options}
+    out, spec, overrides = dict(options), None, {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, given, text = word.partition("=")
+        known = ["--config", *(f"--{f}" for f in flags)]
+        if not name.startswith("--"):
+            raise ConfigError(f"unexpected word {word!r}: flags are written --name=value")
+        key = name[2:]
+        if key.removeprefix("no-") in flags and isinstance(options[flags[key.removeprefix("no-")]], bool) and not given:
+            out[flags[key.removeprefix("no-")]] = not key.startswith("no-")
+            continue
+        if key != "config" and not key.startswith("config.") and key not in flags:
+            raise ConfigError(f"unknown flag {name}{nearest(name, known)} There are: {', '.join(known)}, --config.KEY=VALUE")
+        if not given:
+            if not words:
+                raise ConfigError(f"{name} has no value: write {name}=VALUE")
+            text = words.pop(0)
+        if key == "config":
+            spec = text
+        elif key in flags:
+            out[flags[key]] = typed(name, text, options[flags[key]])
+        else:
+            overrides[key.removeprefix("config.")] = text
+    if spec is None:
+        raise ConfigError("no config given: add --config configs/NAME.py, for example --config configs/lora.py")
+    config = load(spec)
+    before = flatten(config)
+    for name, text in overrides.items():
+        override(config, name, text)
+    file = spec.partition(":")[0]
+    return Launch(config.lock(), run_name(Path(file).stem, flatten(load(file)), before, flatten(config)), out)
+
+
+def run_name(stem: str, default: Mapping[str, Any], built: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    """The canonical name of a config: its file, the arguments that differ from their defaults, the values that were set.
+
+    Args:
+      stem: the config file's name.
+      default, built, final: the flat config without arguments; with them; with dotted flags too. What was set to the value
+        it already had leaves no trace, and the order of flags does not matter. A name too long for a folder ends in a hash.
+    """
+    # The built config has every argument; one that `default` has not is new by itself.
+    said = {k[5:]: v for k, v in built.items() if k.startswith("args.") and default.get(k, ...) != v}
+    said |= {k: v for k, v in final.items() if built.get(k, ...) != v and k != "seed"}
+    name = ",".join([stem, *(f"{k}={_plain(v)}" for k, v in said.items())])
+    name = re.sub(r"[^A-Za-z0-9_.,=+\-]+", "-", name)
+    if len(name) > _NAME_LIMIT:
+        name = f"{name[:_NAME_LIMIT - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "+".join(_plain(v) for v in value)
+    return str(value)
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain nested dict of JSON types: what config.json holds, and what `==` compares on resume."""
+    return json.loads(config.to_json(sort_keys=True))
