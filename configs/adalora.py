@@ -5,8 +5,8 @@ r"""AdaLoRA (arXiv 2303.10512) on a GLUE task or on `reviews`, which needs no mo
     python -m experiments.glue --config configs/adalora.py:task=rte,model=minilm,rank=8 --config.lr=1e-3 --config.seed=1
 
 `rank` is the average that is left at the end; every matrix starts with 1.5 times as much. The tasks of GLUE have the
-hyper-parameters of the paper's Table 8 (DeBERTaV3-base); its schedule is in steps of a run of `of_steps`, and is stretched
-in proportion when the run is shorter or longer.
+hyper-parameters of the paper's Table 8 (DeBERTaV3-base); its schedule is in steps of a run of `of_steps`, and is
+stretched in proportion when the run is shorter or longer.
 
 Measured (reviews, minilm, rank 8, seed 0): pending
 """
@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from lorajax import config
 
-# task: (lr, epochs, gamma, t_initial, delta_t, t_final, alpha, warm-up steps, max length, head dropout, weight decay, train rows)
-# of the paper's Table 8, and from alpha on of its scripts. Batch 32 everywhere.
+# task: (lr, epochs, gamma, t_initial, delta_t, t_final,  alpha, warm-up steps, max length, head dropout, weight decay,
+# train rows). The first six are of the paper's Table 8, the others of its scripts. Batch 32 everywhere.
 PAPER = {
     "mnli": (5e-4, 7, 0.1, 8000, 100, 50000, 16, 1000, 256, 0.15, 0.0, 392702),
     "rte": (1.2e-3, 50, 0.3, 600, 1, 1800, 32, 200, 320, 0.20, 0.01, 2490),
@@ -40,44 +40,51 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.choose("task", args.task, table)
     lr, epochs, gamma, t_initial, delta_t, t_final, alpha, warmup, length, dropout, decay, rows = table[args.task]
     steps = -(-rows // 32) * epochs
-    c = ConfigDict(dict(
-        args=args,
-        study="glue",
-        seed=0,
-        # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: 0 is all.
-        data="",
-        examples=0,
-        max_length=length,
-        batch=32,
-        eval_batch=128,
-        # Model. compute_dtype: auto is bfloat16 on an accelerator and float32 on a CPU.
-        pooling="mean",
-        head_dropout=dropout,
-        compute_dtype="auto",
-        scan_layers=False,
-        remat=False,
-        # Optimizer: AdamW. warmup: a fraction of the run. lora_plus: ratio of the learning rates of B and A.
-        lr=lr,
-        head_lr=lr,
-        epochs=float(epochs),
-        warmup=round(warmup / steps, 4),
-        schedule="linear",
-        weight_decay=decay,
-        lora_plus=1.0,
-        clip=1.0,
-        accumulate=1,
-        label_smoothing=0.0,
-        # Method.
-        variant=dict(name="AdaLoRA", rank=args.rank * 3 // 2, alpha=float(alpha), dropout=0.0, gamma=gamma),
-        controller=dict(name="adalora", target_rank=args.rank, t_initial=t_initial, t_final=t_final, delta_t=delta_t,
-                        of_steps=steps, beta1=0.85, beta2=0.85),
-        # Loop. eval_every and save_every: steps; 0 is once an epoch.
-        eval_every=0,
-        save_every=0,
-        log_every=10,
-        steps_per_call=1,
-        probe=True,
-    ))  # fmt: skip
+    c = ConfigDict()
+    c.args = args
+    c.study = "glue"
+    c.seed = 0
+    # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: 0 is all.
+    c.data = ""
+    c.examples = 0
+    c.max_length = length
+    c.batch = 32
+    c.eval_batch = 128
+    # Model. compute_dtype: auto is bfloat16 on an accelerator and float32 on a CPU.
+    c.pooling = "mean"
+    c.head_dropout = dropout
+    c.compute_dtype = "auto"
+    c.scan_layers = False
+    c.remat = False
+    # Optimizer: AdamW. warmup: a fraction of the run. lora_plus: ratio of the learning rates of B and A.
+    c.lr = lr
+    c.head_lr = lr
+    c.epochs = float(epochs)
+    c.warmup = round(warmup / steps, 4)
+    c.schedule = "linear"
+    c.weight_decay = decay
+    c.lora_plus = 1.0
+    c.clip = 1.0
+    c.accumulate = 1
+    c.label_smoothing = 0.0
+    # Method.
+    c.variant = {"name": "AdaLoRA", "rank": args.rank * 3 // 2, "alpha": float(alpha), "dropout": 0.0, "gamma": gamma}
+    c.controller = {
+        "name": "adalora",
+        "target_rank": args.rank,
+        "t_initial": t_initial,
+        "t_final": t_final,
+        "delta_t": delta_t,
+        "of_steps": steps,
+        "beta1": 0.85,
+        "beta2": 0.85,
+    }
+    # Loop. eval_every and save_every: steps; 0 is once an epoch.
+    c.eval_every = 0
+    c.save_every = 0
+    c.log_every = 10
+    c.steps_per_call = 1
+    c.probe = True
     if args.smoke:
-        c.update(dict(examples=128, max_length=16, batch=16, eval_batch=64, epochs=1.0, log_every=1))
+        c.update(examples=128, max_length=16, batch=16, eval_batch=64, epochs=1.0, log_every=1)
     return c

@@ -5,8 +5,8 @@ r"""LoRA (arXiv 2106.09685) on a GLUE task or on `reviews`, which needs no model
     python -m experiments.glue --config configs/lora.py:task=rte,model=minilm,rank=8 --config.lr=1e-3 --config.seed=1
     python -m experiments.glue --config configs/lora.py:task=sst2,model=roberta-base,targets=qv
 
-The tasks of GLUE have the batch, epochs and learning rate of the paper's RoBERTa-base table; alpha is 16 as in its scripts (the
-paper says 8). Small encoders want a larger learning rate: 5e-4 to 2e-3.
+The tasks of GLUE have the batch, epochs and learning rate of the paper's RoBERTa-base table; alpha is 16 as in its
+scripts (the paper says 8). Small encoders want a larger learning rate: 5e-4 to 2e-3.
 
 Measured (reviews, minilm, rank 8, seed 0): pending
 """
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lorajax import config
 
-# task: (batch, epochs, lr, max length). The paper's table for RoBERTa-base, except that 512 tokens are cut to what the task needs.
+# task: (batch, epochs, lr, max length). The paper's table for RoBERTa-base, its 512 tokens cut to what the task needs.
 PAPER = {
     "mnli": (16, 30, 5e-4, 256),
     "sst2": (16, 60, 5e-4, 128),
@@ -38,43 +38,42 @@ def get_config(arg: str | None = None) -> ConfigDict:
     table = PAPER | OURS
     config.choose("task", args.task, table)
     batch, epochs, lr, length = table[args.task]
-    c = ConfigDict(dict(
-        args=args,
-        study="glue",
-        seed=0,
-        # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: 0 is all.
-        data="",
-        examples=0,
-        max_length=length,
-        batch=batch,
-        eval_batch=128,
-        # Model. compute_dtype: auto is bfloat16 on an accelerator and float32 on a CPU.
-        pooling="mean",
-        head_dropout=0.0,
-        compute_dtype="auto",
-        scan_layers=False,
-        remat=False,
-        # Optimizer: AdamW. warmup: a fraction of the run. lora_plus: ratio of the learning rates of B and A.
-        lr=lr,
-        head_lr=lr,
-        epochs=float(epochs),
-        warmup=0.06,
-        schedule="linear",
-        weight_decay=0.1,
-        lora_plus=1.0,
-        clip=1.0,
-        accumulate=1,
-        label_smoothing=0.0,
-        # Method.
-        variant=dict(name="LoRA", rank=args.rank, alpha=16.0, dropout=0.0),
-        controller=dict(name="identity"),
-        # Loop. eval_every and save_every: steps; 0 is once an epoch.
-        eval_every=0,
-        save_every=0,
-        log_every=10,
-        steps_per_call=1,
-        probe=True,
-    ))  # fmt: skip
+    c = ConfigDict()
+    c.args = args
+    c.study = "glue"
+    c.seed = 0
+    # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: 0 is all.
+    c.data = ""
+    c.examples = 0
+    c.max_length = length
+    c.batch = batch
+    c.eval_batch = 128
+    # Model. compute_dtype: auto is bfloat16 on an accelerator and float32 on a CPU.
+    c.pooling = "mean"
+    c.head_dropout = 0.0
+    c.compute_dtype = "auto"
+    c.scan_layers = False
+    c.remat = False
+    # Optimizer: AdamW. warmup: a fraction of the run. lora_plus: ratio of the learning rates of B and A.
+    c.lr = lr
+    c.head_lr = lr
+    c.epochs = float(epochs)
+    c.warmup = 0.06
+    c.schedule = "linear"
+    c.weight_decay = 0.1
+    c.lora_plus = 1.0
+    c.clip = 1.0
+    c.accumulate = 1
+    c.label_smoothing = 0.0
+    # Method.
+    c.variant = {"name": "LoRA", "rank": args.rank, "alpha": 16.0, "dropout": 0.0}
+    c.controller = {"name": "identity"}
+    # Loop. eval_every and save_every: steps; 0 is once an epoch.
+    c.eval_every = 0
+    c.save_every = 0
+    c.log_every = 10
+    c.steps_per_call = 1
+    c.probe = True
     if args.smoke:
-        c.update(dict(examples=128, max_length=16, batch=16, eval_batch=64, epochs=1.0, log_every=1))
+        c.update(examples=128, max_length=16, batch=16, eval_batch=64, epochs=1.0, log_every=1)
     return c

@@ -3,9 +3,9 @@
 Structure is chosen by the argument string after the file (`configs/adalora.py:task=rte,rank=8`): the file's
 `get_config(arg)` reads it with `arguments` and may build a different config from it. Values are then set one at a time
 with dotted flags (`--config.lr=1e-3`), typed by the value that is there. Every mistake is a `ConfigError` of one line
-that says what was asked, the nearest valid name and the way out; `main` of a script turns it into a clean exit.
+that says what was asked, the nearest valid name and the way out; a script prints it and exits.
 
-A config file keeps what `arguments` returned under `args`, which is how `parse` knows what the name of the run has to say:
+A config file keeps what `arguments` returned under `args`, from which `parse` knows what the run's name has to say:
 
     def get_config(arg=None):
         args = config.arguments(arg, task='reviews', rank=8, smoke=False)
@@ -35,8 +35,8 @@ class ConfigError(ValueError):
 class Launch(NamedTuple):
     """A parsed command line.
 
-    config: locked ConfigDict. name: of the config with its arguments and overrides, fit for a folder; the seed is left out,
-    it has a folder of its own. options: the script's own flags, as typed by their defaults.
+    config: locked ConfigDict. name: of the config with its arguments and overrides, fit for a folder, without the seed,
+    which has a folder of its own. options: the script's own flags, typed by their defaults.
     """
 
     config: ConfigDict
@@ -54,7 +54,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """`table[name]`, or a ConfigError that names the nearest key: ``unknown task 'sts2': did you mean 'sst2'? ...``."""
+    """`table[name]`, or a ConfigError that names the nearest key: ``unknown task 'sts2': did you mean ...``."""
     if name not in table:
         raise ConfigError(f"unknown {kind} {name!r}{nearest(name, table)} There are: {', '.join(sorted(table))}")
     return table[name]
@@ -72,7 +72,8 @@ def typed(name: str, text: str, like: Any) -> Any:
             return type(like)(text)
     except (KeyError, ValueError):
         pass
-    raise ConfigError(f"{name}={text!r} is not of type {type(like).__name__}: its value is {like!r}, give one of that type")
+    kind = type(like).__name__
+    raise ConfigError(f"{name}={text!r} is not of type {kind}: its value is {like!r}, give one of that type")
 
 
 def arguments(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -86,7 +87,8 @@ def arguments(arg: str | None, **defaults: Any) -> ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         name, given, text = item.partition("=")
         if name not in defaults:
-            raise ConfigError(f"unknown config argument {name!r}{nearest(name, defaults)} There are: {', '.join(defaults)}")
+            near = nearest(name, defaults)
+            raise ConfigError(f"unknown config argument {name!r}{near} There are: {', '.join(defaults)}")
         if not given and not isinstance(defaults[name], bool):
             raise ConfigError(f"config argument {name!r} has no value: write {name}={defaults[name]}")
         out[name] = typed(name, text, defaults[name]) if given else True
@@ -98,10 +100,12 @@ def load(spec: str) -> ConfigDict:
     file, _, arg = spec.partition(":")
     path = Path(file if file.endswith(".py") else f"{file}.py")
     if not path.is_file():
-        there = [str(p) for p in sorted(path.parent.glob("*.py")) if p.stem != "__init__"] if path.parent.is_dir() else []
-        raise ConfigError(f"no config file {str(path)!r}{nearest(str(path), there)} There are: {', '.join(there) or 'none'}")
+        there = [str(p) for p in sorted(path.parent.glob("*.py")) if p.stem != "__init__"]
+        near = nearest(str(path), there)
+        raise ConfigError(f"no config file {str(path)!r}{near} There are: {', '.join(there) or 'none'}")
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -124,7 +128,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets the dotted `name` in place to `text`, typed by the value that is there."""
     flat = flatten(config)
     if name.startswith("args.") and name in flat:
-        raise ConfigError(f"--config.{name} is structure: give it after the config file, --config FILE:{name[5:]}={text}")
+        raise ConfigError(f"--config.{name} is structure: give it after the file, --config FILE:{name[5:]}={text}")
     if name not in flat:
         raise ConfigError(f"unknown key --config.{name}{nearest(name, flat)} There are: "
                           f"{', '.join(k for k in flat if not k.startswith('args.'))}")
@@ -154,11 +158,13 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
         if not name.startswith("--"):
             raise ConfigError(f"unexpected word {word!r}: flags are written --name=value")
         key = name[2:]
-        if key.removeprefix("no-") in flags and isinstance(options[flags[key.removeprefix("no-")]], bool) and not given:
-            out[flags[key.removeprefix("no-")]] = not key.startswith("no-")
+        switch = flags.get(key.removeprefix("no-"))
+        if switch is not None and isinstance(options[switch], bool) and not given:
+            out[switch] = not key.startswith("no-")
             continue
         if key != "config" and not key.startswith("config.") and key not in flags:
-            raise ConfigError(f"unknown flag {name}{nearest(name, known)} There are: {', '.join(known)}, --config.KEY=VALUE")
+            near = nearest(name, known)
+            raise ConfigError(f"unknown flag {name}{near} There are: {', '.join(known)}, --config.KEY=VALUE")
         if not given:
             if not words:
                 raise ConfigError(f"{name} has no value: write {name}=VALUE")
@@ -176,16 +182,18 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
     for name, text in overrides.items():
         override(config, name, text)
     file = spec.partition(":")[0]
-    return Launch(config.lock(), run_name(Path(file).stem, flatten(load(file)), before, flatten(config)), out)
+    name = run_name(Path(file).stem, flatten(load(file)), before, flatten(config))
+    return Launch(config.lock(), name, out)
 
 
 def run_name(stem: str, default: Mapping[str, Any], built: Mapping[str, Any], final: Mapping[str, Any]) -> str:
-    """The canonical name of a config: its file, the arguments that differ from their defaults, the values that were set.
+    """The canonical name of a config: its file, the arguments that are not the defaults, the values that were set.
 
     Args:
       stem: the config file's name.
-      default, built, final: the flat config without arguments; with them; with dotted flags too. What was set to the value
-        it already had leaves no trace, and the order of flags does not matter. A name too long for a folder ends in a hash.
+      default, built, final: the flat config without arguments; with them; with dotted flags too. What was set to the
+        value it already had leaves no trace; the order of flags does not matter. A name too long for a folder ends in
+        a hash.
     """
     # The built config has every argument; one that `default` has not is new by itself.
     said = {k[5:]: v for k, v in built.items() if k.startswith("args.") and default.get(k, ...) != v}

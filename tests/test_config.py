@@ -29,14 +29,14 @@ def file(tmp_path):
 
 def test_arguments_take_the_type_of_their_defaults():
     args = config.arguments("task=rte,rank=4,ratio=2,smoke", task="reviews", rank=8, ratio=1.0, smoke=False, other=3)
-    assert args.to_dict() == dict(task="rte", rank=4, ratio=2.0, smoke=True, other=3)
-    assert type(args.rank) is int and type(args.ratio) is float and args.smoke is True
+    assert args.to_dict() == {"task": "rte", "rank": 4, "ratio": 2.0, "smoke": True, "other": 3}
+    assert [type(x) for x in (args.rank, args.ratio, args.smoke)] == [int, float, bool]
     assert config.arguments(None, rank=8).rank == 8
     assert config.arguments("smoke=false", smoke=True).smoke is False
 
 
 @pytest.mark.parametrize(
-    "arg, words",
+    ("arg", "words"),
     [
         ("rnak=4", ["'rnak'", "did you mean 'rank'?", "task, rank, smoke"]),
         ("rank=big", ["rank='big'", "int", "8"]),
@@ -61,14 +61,14 @@ def test_flags_are_typed_by_the_value_that_is_there(file):
     assert (c.lr, c.steps, c.controller.gamma, tuple(c.betas), c.data) == (2e-3, 7, 1.0, (0.8, 0.95), "/some/where")
     assert type(c.controller.gamma) is float
     assert c.args.rank == 4
-    assert launch.options == dict(workdir="out", resume=False)
+    assert launch.options == {"workdir": "out", "resume": False}
     assert config.parse([f"--config={file}", "--resume"], workdir="runs", resume=False).options["resume"] is True
     json.dumps(config.to_dict(c))
-    assert config.to_dict(c)["controller"] == dict(gamma=1.0, t_initial=5)
+    assert config.to_dict(c)["controller"] == {"gamma": 1.0, "t_initial": 5}
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    ("words", "said"),
     [
         (["--config.learning=1"], ["--config.learning", "There are:", "lr"]),
         (["--config.contoller.gamma=1"], ["did you mean 'controller.gamma'?"]),
@@ -91,7 +91,7 @@ def test_flag_errors(file, words, said):
 def test_file_errors(file):
     with pytest.raises(config.ConfigError, match=r"no config file .*adalroa.py.*did you mean .*adalora.py"):
         config.load(file.replace("adalora", "adalroa") + ":rank=4")
-    with pytest.raises(config.ConfigError, match="no config given: add --config configs/NAME.py"):
+    with pytest.raises(config.ConfigError, match=r"no config given: add --config configs/NAME\.py"):
         config.parse([], workdir="runs")
     Path(file).with_name("empty.py").write_text("x = 1\n")
     with pytest.raises(config.ConfigError, match="has no get_config"):
@@ -99,15 +99,15 @@ def test_file_errors(file):
 
 
 def test_choose_names_the_nearest():
-    assert config.choose("task", "rte", dict(rte=1)) == 1
+    assert config.choose("task", "rte", {"rte": 1}) == 1
     with pytest.raises(config.ConfigError, match=r"unknown task 'sts2': did you mean 'sst2'\? There are: rte, sst2"):
-        config.choose("task", "sts2", dict(rte=1, sst2=2))
+        config.choose("task", "sts2", {"rte": 1, "sst2": 2})
     with pytest.raises(config.ConfigError, match=r"unknown task 'zzzzz'\. There are: rte"):
-        config.choose("task", "zzzzz", dict(rte=1))
+        config.choose("task", "zzzzz", {"rte": 1})
 
 
 @pytest.mark.parametrize(
-    "arg, words, name",
+    ("arg", "words", "name"),
     [
         ("", [], "adalora"),
         (":rank=8,task=reviews", ["--config.lr=0.001"], "adalora"),  # all of it is there already
@@ -125,7 +125,9 @@ def test_run_names(file, arg, words, name):
 
 def test_a_long_run_name_stays_unique_and_fits_a_folder(file):
     one, two = (config.parse([f"--config={file}", f"--config.data={'x' * 300}{i}"]).name for i in range(2))
-    assert len(one) == len(two) == 120 and one != two and one[:110] == two[:110]
+    assert len(one) == len(two) == 120
+    assert one != two
+    assert one[:110] == two[:110]
 
 
 def test_the_config_is_locked(file):
@@ -138,12 +140,20 @@ def test_the_config_is_locked(file):
 def test_shipped_configs_load(name, arg):
     c = config.load(f"configs/{name}.py{arg}")
     assert c.args.smoke == (arg == ":smoke")
-    assert set(config.flatten(c)) == set(config.flatten(config.load(f"configs/{name}.py"))), "one set of keys for every argument"
+    default = config.load(f"configs/{name}.py")
+    assert set(config.flatten(c)) == set(config.flatten(default)), "every argument gives the same keys"
     json.dumps(config.to_dict(c))
+
+
+def test_the_methods_values_can_be_set_too():
+    c = config.parse(["--config=configs/adalora.py", "--config.variant.alpha=4", "--config.controller.t_final=9"]).config
+    assert (c.variant.alpha, c.controller.t_final) == (4.0, 9)
 
 
 def test_config_needs_neither_jax_nor_flax():
     """The side floor: stdlib and ml_collections."""
-    code = ("import importlib.util as u, sys; s = u.spec_from_file_location('c', 'lorajax/config.py'); "
-            "m = u.module_from_spec(s); s.loader.exec_module(m); assert not {'jax', 'flax', 'numpy'} & set(sys.modules)")  # fmt: skip
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('c', 'lorajax/config.py'); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
