@@ -1,0 +1,219 @@
+"""One optimizer step as one jitted program: micro-batches, clipping, optimizer, controller, and the guard against NaN.
+
+The order is: gradients (mean over real examples) -> clip by global norm -> `tx.update` -> apply -> `controller.update`.
+The base is an argument of the program, never a constant inside it; the state's buffers are donated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
+"""(bound params, batch, key) -> (mean loss over the batch's real examples, scalar means to report)."""
+
+RESERVED = frozenset({"loss", "penalty", "grad_norm", "finite", "weight"})
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds: arrays only.
+
+    step: () int32, optimizer steps taken. trainable: `adapt.init`'s first result. opt_state: `tx.init(trainable)`.
+    control: the controller's state, () without one. key: the run's PRNG key, constant; step n uses `fold_in(key, n)`.
+    """
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+    control: Any
+    key: jax.Array
+
+
+class Gradients(NamedTuple):
+    """loss, penalty, weight: () float32, `weight` the number of real examples; aux: the loss function's own scalars;
+    grads: the structure of `trainable`, float32 at least, of loss + penalty, before clipping."""
+
+    loss: jax.Array
+    penalty: jax.Array
+    weight: jax.Array
+    aux: dict[str, jax.Array]
+    grads: Any
+
+
+def init_state(key: jax.Array, trainable: Any, tx: optax.GradientTransformation, controller: Any = None) -> TrainState:
+    """The state before the first step.
+
+    Every array is a copy, so that donation can never delete a buffer that the caller (or the base) still holds.
+    `key` is a typed key (`jax.random.key`); a raw uint32 key raises TypeError.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key is a {key.dtype}{list(key.shape)} array; make a typed one with jax.random.key(seed)")
+    control = () if controller is None else controller.init(trainable)
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), control, key)
+    return jax.tree.map(_own, state)
+
+
+def make_step(
+    loss: Loss,
+    adapt: Any,
+    tx: optax.GradientTransformation,
+    controller: Any = None,
+    *,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+    steps_per_call: int = 1,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted ``(state, frozen, batch) -> (state, metrics)``; `state` is donated.
+
+    loss: see `Loss`. Its key drives the model's own dropout and differs from the key of the adapters' dropout.
+    adapt: what `lorajax.adapt` returns (`bind` and `penalty` are used). controller: see `lorajax.control`, or None.
+    clip: largest global norm of the gradient, None for no clipping.
+    accumulate: n > 1 gives every batch leaf a leading axis of n micro-batches. A micro-batch counts by the sum of its
+      `batch["weight"]` (1 each where there is no such leaf), so n micro-batches give the gradient of the one big batch.
+      The controller's masks are drawn once per optimizer step and the penalty is added once.
+    steps_per_call: n > 1 scans n optimizer steps in one call: batch leaves get one more leading axis of n, outside
+      that of `accumulate`, and so does every metric.
+
+    metrics: loss (without penalty), penalty, grad_norm (before clipping), weight (real examples), finite (bool) and the
+    loss function's own scalars. A step whose loss, gradient norm or new values are not finite changes nothing: the
+    state keeps its last good values and its step number, and so it does for the rest of that call; `blame` says why.
+    """
+    for name, value in (("accumulate", accumulate), ("steps_per_call", steps_per_call)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be positive; None turns clipping off")
+    gradients = make_gradients(loss, adapt, controller, accumulate=accumulate)
+
+    def one(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        found = gradients(state, frozen, batch)
+        norm = optax.tree.norm(found.grads)
+        scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
+        grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, state.trainable)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        new = optax.apply_updates(state.trainable, updates)
+        control = state.control
+        if controller is not None:
+            new, control = controller.update(grads, state.trainable, new, control)
+        total = found.loss + found.penalty
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(new)
+        after = _keep(finite, TrainState(state.step + 1, new, opt_state, control, state.key), state)
+        metrics = {"loss": found.loss, "penalty": found.penalty, "grad_norm": norm, "weight": found.weight}
+        return after, {**found.aux, **metrics, "finite": finite}
+
+    def many(state: TrainState, frozen: Any, batches: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        def body(carry: Any, batch: Any) -> Any:
+            state, good = carry
+            after, metrics = one(state, frozen, batch)
+            good = good & metrics["finite"]
+            return (_keep(good, after, state), good), {**metrics, "finite": good}
+
+        (state, _), metrics = lax.scan(body, (state, jnp.bool_(True)), batches, length=steps_per_call)
+        return state, metrics
+
+    return jax.jit(one if steps_per_call == 1 else many, donate_argnums=0)
+
+
+def make_gradients(
+    loss: Loss, adapt: Any, controller: Any = None, *, accumulate: int = 1
+) -> Callable[[TrainState, Any, Any], Gradients]:
+    """The first half of a step, not jitted: ``(state, frozen, batch) -> Gradients``."""
+
+    def gradients(state: TrainState, frozen: Any, batch: Any) -> Gradients:
+        masks = None if controller is None else controller.masks(state.control)
+        step_key = jax.random.fold_in(state.key, state.step)
+
+        def micro(part: Any, index: jax.Array) -> tuple[Any, Any]:
+            adapter_key, model_key = jax.random.split(jax.random.fold_in(step_key, index))
+
+            def objective(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+                value, aux = loss(adapt.bind(trainable, frozen, key=adapter_key, masks=masks), part, model_key)
+                return _wide(value), {name: _wide(x) for name, x in aux.items()}
+
+            (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+            if clash := RESERVED & aux.keys():
+                raise ValueError(f"the loss reports {sorted(clash)}, names that the step itself reports: rename them")
+            return (value, aux, jax.tree.map(_wide, grads)), _weight(part)
+
+        if accumulate == 1:
+            (value, aux, grads), weight = micro(batch, jnp.int32(0))
+        else:
+            (value, aux, grads), weight = _weighted_mean(micro, batch, accumulate)
+        penalty, pull = jax.value_and_grad(lambda t: _wide(adapt.penalty(t)))(state.trainable)
+        grads = jax.tree.map(lambda g, p: g + p.astype(g.dtype), grads, pull)
+        return Gradients(value, penalty, weight, aux, grads)
+
+    return gradients
+
+
+def make_eval(predict: Callable[[Any, Any], Any], adapt: Any) -> Callable[..., Any]:
+    """A jitted ``(trainable, frozen, batch, masks=None) -> predict(bound, batch)``, without adapter dropout."""
+
+    @jax.jit
+    def evaluate(trainable: Any, frozen: Any, batch: Any, masks: Any = None) -> Any:
+        return predict(adapt.bind(trainable, frozen, key=None, masks=masks), batch)
+
+    return evaluate
+
+
+def _weighted_mean(micro: Callable[[Any, jax.Array], tuple[Any, jax.Array]], batch: Any, n: int) -> tuple[Any, Any]:
+    """Mean of `micro`'s results over the leading axis of `batch`, each weighted by its real examples."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if leaf.ndim == 0 or leaf.shape[0] != n:
+            raise ValueError(f"accumulate={n}, but batch{jax.tree_util.keystr(path)} has shape {leaf.shape}: "
+                             f"every leaf needs a leading axis of {n} micro-batches")
+    shapes, _ = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(carry: Any, part: Any) -> Any:
+        total, seen = carry
+        values, weight = micro(*part)
+        # A micro-batch of nothing but padding may be 0/0; it must not count.
+        total = jax.tree.map(lambda t, v: t + jnp.where(weight > 0, v * weight.astype(v.dtype), 0), total, values)
+        return (total, seen + weight), None
+
+    (total, seen), _ = lax.scan(body, (zeros, jnp.float32(0.0)), (batch, jnp.arange(n, dtype=jnp.int32)))
+    return jax.tree.map(lambda t: t / seen.astype(t.dtype), total), seen
+
+
+def _weight(batch: Any) -> jax.Array:
+    """() float32: how many real examples the batch's mean runs over."""
+    if isinstance(batch, Mapping) and "weight" in batch:
+        return jnp.sum(batch["weight"].astype(jnp.float32))
+    return jnp.float32(1.0)
+
+
+def _wide(x: Any) -> jax.Array:
+    """x in float32, or in its own dtype where that is wider."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _own(x: Any) -> jax.Array:
+    """A copy with a buffer of its own and no weak type."""
+    return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.array(x, dtype=x.dtype, copy=True)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """() bool: no floating leaf holds NaN or an infinity."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.bool_(True)
+
+
+def _keep(good: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where `good`, else `old`. Raises TypeError naming the leaf whose shape or dtype a step would change."""
+
+    def pick(path: Any, after: Any, before: Any) -> Any:
+        if after.shape != before.shape or after.dtype != before.dtype:
+            raise TypeError(
+                f"a step turns state{jax.tree_util.keystr(path)} from {before.dtype}{list(before.shape)} into "
+                f"{after.dtype}{list(after.shape)}: the optimizer and the controller must keep shape and dtype"
+            )
+        return jnp.where(good, after, before)
+
+    return jax.tree_util.tree_map_with_path(pick, new, old)
