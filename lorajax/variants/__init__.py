@@ -13,6 +13,6 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "lora": LoRA,
     "adalora": AdaLoRA,
 })
-"""Name -> variant class. A new variant gets its row here, its own file, a row of the conformance table, and a config."""
+"""Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
 __all__ = ["NAMES", "AdaLoRA", "LoRA"]

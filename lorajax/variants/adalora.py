@@ -76,8 +76,8 @@ class AdaLoRA(Variant):
         """Raises ValueError when `init_rank` is below `rank`: pruning only lowers ranks."""
         super().check(n_in, n_out)
         if self.init_rank is not None and self.init_rank < self.rank:
-            raise ValueError(f"init_rank={self.init_rank} is below rank={self.rank}, but it is the rank before pruning: "
-                             f"leave it None, or set it to at least {self.rank}")
+            raise ValueError(f"init_rank={self.init_rank} is below rank={self.rank}, but it is the rank before "
+                             f"pruning: leave it None, or set it to at least {self.rank}")
 
 
 def _distance_to_identity(gram: jax.Array) -> jax.Array:

@@ -1,0 +1,46 @@
+"""AdamW with warm-up and decay from plain arguments, and which leaves weight decay leaves alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import jax
+import optax
+
+NO_DECAY = r"(?i).*norm.*|(.*/)?(bias|scale)"
+"""Site paths (fullmatch) of biases and of whatever lies in a normalisation layer."""
+
+
+def warmup_schedule(peak: float, total_steps: int, warmup: float = 0.0, decay: str = "linear") -> optax.Schedule:
+    """From 0 to `peak` in `warmup` steps (below 1: that share of the run), then `linear` or `cosine` to 0, or `constant`.
+
+    Like the Hugging Face schedulers, step 0 of a run with warm-up has learning rate 0.
+    """
+    steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
+    if not 0 <= steps < max(total_steps, 1):
+        raise ValueError(f"warmup={warmup} is {steps} steps of a run of {total_steps}: it must be shorter than the run")
+    rest = total_steps - steps
+    tails = {"linear": optax.linear_schedule(peak, 0.0, rest), "cosine": optax.cosine_decay_schedule(peak, rest),
+             "constant": optax.constant_schedule(peak)}
+    if decay not in tails:
+        near = difflib.get_close_matches(decay, tails, n=1)
+        raise ValueError(f"decay={decay!r} is unknown; there are {', '.join(tails)}"
+                         + (f"; did you mean {near[0]!r}?" if near else ""))
+    if steps == 0:
+        return tails[decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), tails[decay]], [steps])
+
+
+def adamw(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
+          eps: float = 1e-8, no_decay: str = NO_DECAY) -> optax.GradientTransformation:
+    """AdamW over a trainable partition, one learning rate; leaves at paths matching `no_decay` are not decayed."""
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay,
+                       mask=lambda params: decayed(params, no_decay))
+
+
+def decayed(trainable: dict[str, Any], no_decay: str = NO_DECAY) -> dict[str, Any]:
+    """Like `trainable`, True where weight decay acts: everywhere but at the site paths that fullmatch `no_decay`."""
+    on = {path: re.fullmatch(no_decay, path) is None for path in trainable}
+    return {path: jax.tree.map(lambda _, path=path: on[path], adapter) for path, adapter in trainable.items()}
