@@ -1,0 +1,57 @@
+"""The README's example runs and does what it says; the paths that the documents name exist."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def example() -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    return blocks[0]
+
+
+def test_example_has_twenty_lines() -> None:
+    assert len([line for line in example().splitlines() if line.strip()]) <= 20
+
+
+def test_example_learns_and_merges() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(example(), "README.md", "exec"), names)
+    start, _ = names["adapt"].init(jax.random.key(2), names["params"])
+    loss, trainable, frozen = names["loss"], names["trainable"], names["frozen"]
+    assert float(loss(trainable)) < 0.5 * float(loss(start))
+
+    assert {path: adapter.A.shape[-1] for path, adapter in trainable.items() if hasattr(adapter, "A")} == {
+        "params/layers_0/kernel": 2,
+        "params/layers_2/kernel": 4,
+    }
+    # Merged parameters by hand: W + alpha / rank * A B, with LoRA's default alpha = 8; the biases themselves were trained.
+    for layer in ("layers_0", "layers_2"):
+        adapter = trainable[f"params/{layer}/kernel"]
+        scale = 8.0 / adapter.A.shape[-1]
+        update = scale * np.asarray(adapter.A, np.float64) @ np.asarray(adapter.B, np.float64)
+        expected = {
+            "kernel": np.asarray(names["params"]["params"][layer]["kernel"]) + update,
+            "bias": np.asarray(trainable[f"params/{layer}/bias"].w),
+        }
+        for name, array in expected.items():
+            np.testing.assert_allclose(names["merged"]["params"][layer][name], array, rtol=1e-5, atol=1e-6)
+    bound = names["adapt"].bind(trainable, frozen)
+    np.testing.assert_allclose(
+        names["lifted"](bound, names["x"]), names["model"].apply(names["merged"], names["x"]), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_named_paths_exist(document: str) -> None:
+    named = re.findall(r"`((?:lorajax|experiments|configs|tests|\.ci)/[\w./]*)`", (ROOT / document).read_text())
+    links = re.findall(r"\]\(([\w.]+)\)", (ROOT / document).read_text())
+    assert named
+    assert [path for path in {*named, *links} if not (ROOT / path).exists()] == []
