@@ -1,0 +1,260 @@
+"""BERT and RoBERTa encoders with a sequence classification or regression head, in plain Flax Linen.
+
+Devlin et al. 2019 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692). Parameter tree:
+
+    params/embeddings/{word,position,token_type}/embedding   params/embeddings/norm/{scale,bias}
+    params/layer_i/attention/{query,key,value,output}/{kernel,bias}   params/layer_i/attention_norm
+    params/layer_i/ffn/{up,down}/{kernel,bias}                        params/layer_i/ffn_norm
+    params/pooler/{kernel,bias}                 BERT with first-token pooling
+    params/classifier/{kernel,bias}             BERT
+    params/classifier/{dense,out_proj}/{kernel,bias}   RoBERTa
+
+With `scan_layers` the layers are one subtree `params/layers` whose leaves have a leading layer axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lorajax.models.bert_config import ACTIVATIONS, BertConfig
+
+
+def position_ids(config: BertConfig, input_ids: jax.Array) -> jax.Array:
+    """Position of each token, int32 (1, T) for BERT and (B, T) for RoBERTa, from `input_ids` (B, T).
+
+    BERT counts 0..T-1. RoBERTa, as Hugging Face does, counts the tokens that are not `pad_id` from pad_id + 1, and
+    gives `pad_id` to the padding.
+    """
+    if config.family == "bert":
+        return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+    real = (input_ids != config.pad_id).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1, dtype=jnp.int32) * real + config.pad_id
+
+
+def _dense(config: BertConfig, features: int, dtype: Any = None) -> nn.Dense:
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Dense(features, dtype=dtype or config.dtype, param_dtype=config.param_dtype, kernel_init=init)
+
+
+def _head_dropout(config: BertConfig, deterministic: bool) -> nn.Dropout:
+    rate = config.hidden_dropout if config.head_dropout is None else config.head_dropout
+    return nn.Dropout(rate, deterministic=deterministic)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with float32 statistics whatever the dtype of x; returns dtype `config.dtype`."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, dtype = (self.config.hidden_size,), self.config.param_dtype
+        scale = self.param("scale", nn.initializers.ones, shape, dtype).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        lead = (1,) * (x.ndim - 1)
+        y = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
+        return (y * scale.reshape(*lead, -1) + bias.reshape(*lead, -1)).astype(self.config.dtype)
+
+
+class Embeddings(nn.Module):
+    """Word + position + token type, summed in float32, normalised, dropped out: (B, T) ids -> (B, T, D)."""
+
+    config: BertConfig
+    deterministic: bool
+
+    def setup(self) -> None:
+        c = self.config
+
+        def table(rows: int) -> nn.Embed:
+            init = nn.initializers.normal(c.initializer_range)
+            return nn.Embed(rows, c.hidden_size, param_dtype=c.param_dtype, embedding_init=init)
+
+        self.word, self.position = table(c.vocab_size), table(c.max_positions)
+        self.token_type = table(c.type_vocab_size)
+        self.norm = LayerNorm(c)
+        self.dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
+
+    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.word(input_ids).astype(jnp.float32)
+        x = x + self.position(positions).astype(jnp.float32)
+        x = x + self.token_type(token_type_ids).astype(jnp.float32)
+        return self.dropout(self.norm(x))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with 2-D kernels: (B, T, D), key mask (B, T) -> (B, T, D)."""
+
+    config: BertConfig
+    deterministic: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.query, self.key, self.value, self.output = (_dense(c, c.hidden_size) for _ in range(4))
+        self.dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        c = self.config
+        heads = (*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
+        q, k, v = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
+        mask = mask[:, None, None, :]
+        if self.deterministic or c.attention_dropout == 0.0:
+            # JAX's function mixes bf16 with float32, which strict promotion forbids. This context covers the forward
+            # pass; a bf16 gradient under strict promotion needs the same context around the whole trace.
+            with jax.numpy_dtype_promotion("standard"):
+                y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=c.attention)
+        else:
+            logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * heads[-1] ** -0.5
+            weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
+            y = jnp.einsum("bhqk,bkhd->bqhd", self.dropout(weights).astype(v.dtype), v)
+        return self.output(y.reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with the activation between: (B, T, D) -> (B, T, D)."""
+
+    config: BertConfig
+
+    def setup(self) -> None:
+        self.up = _dense(self.config, self.config.intermediate_size)
+        self.down = _dense(self.config, self.config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.config.activation](self.up(x)))
+
+
+class Layer(nn.Module):
+    """One post-norm encoder layer: (B, T, D), key mask (B, T) -> ((B, T, D), None), the form that `nn.scan` carries."""
+
+    config: BertConfig
+    deterministic: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention = SelfAttention(c, self.deterministic)
+        self.attention_norm, self.ffn_norm = LayerNorm(c), LayerNorm(c)
+        self.ffn = FeedForward(c)
+        self.dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x))), None
+
+
+class RobertaHead(nn.Module):
+    """RoBERTa's head: dropout, dense, tanh, dropout, out_proj: (B, D) -> float32 (B, num_labels)."""
+
+    config: BertConfig
+    deterministic: bool
+
+    def setup(self) -> None:
+        self.dense = _dense(self.config, self.config.hidden_size)
+        self.out_proj = _dense(self.config, self.config.num_labels, jnp.float32)
+        self.dropout = _head_dropout(self.config, self.deterministic)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out_proj(self.dropout(jnp.tanh(self.dense(self.dropout(x)))))
+
+
+class Bert(nn.Module):
+    """The encoder with its head. `deterministic=False` is training: it needs `rngs={'dropout': key}` in `apply`.
+
+    Every method takes `input_ids` int (B, T), `attention_mask` (B, T) with nonzero = real token (None: all real),
+    `token_type_ids` int (B, T) (None: zeros) and `positions` int (1 or B, T) (None: the family's rule).
+    Masked positions do not influence the results of the others, nor any pooled result.
+    Error: ValueError if T is greater than `config.max_length` (with given `positions`: than `config.max_positions`).
+    """
+
+    config: BertConfig
+    deterministic: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        self.embeddings = Embeddings(c, self.deterministic)
+        layer = Layer if c.remat == "none" else nn.remat(Layer, policy=_policy(c), prevent_cse=not c.scan_layers)
+        if c.scan_layers:
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=c.num_layers,
+            )
+            self.layers = stack(c, self.deterministic)
+        else:
+            self.layer = [layer(c, self.deterministic) for _ in range(c.num_layers)]
+        if c.has_pooler:
+            self.pooler = _dense(c, c.hidden_size)
+        if c.family == "roberta":
+            self.classifier: RobertaHead | nn.Dense = RobertaHead(c, self.deterministic)
+        else:
+            self.classifier = _dense(c, c.num_labels, jnp.float32)
+            self.head_dropout = _head_dropout(c, self.deterministic)
+
+    def encode(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Last hidden states (B, T, D) in `config.dtype`; rows of masked tokens carry no meaning."""
+        c = self.config
+        limit = c.max_length if positions is None else c.max_positions
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"sequence of {input_ids.shape[1]} tokens; this model has {limit} positions: truncate")
+        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)
+        if positions is None:
+            positions = position_ids(c, input_ids)
+        x = self.embeddings(input_ids, token_type_ids, positions)
+        if c.scan_layers:
+            return self.layers(x, mask)[0]
+        for layer in self.layer:
+            x, _ = layer(x, mask)
+        return x
+
+    def embed(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Sentence embedding, float32 (B, D): mean of the unmasked last hidden states, or the first token's.
+
+        This is what sentence encoders compare by cosine; neither pooler nor normalisation is applied.
+        """
+        x = self.encode(input_ids, attention_mask, token_type_ids, positions).astype(jnp.float32)
+        if self.config.pooling == "first":
+            return x[:, 0]
+        mask = jnp.ones(x.shape[:2], bool) if attention_mask is None else attention_mask != 0
+        real = mask.astype(jnp.float32)[:, :, None]
+        return (x * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits, float32 (B, num_labels); with num_labels = 1 the regression output."""
+        x = self.embed(input_ids, attention_mask, token_type_ids, positions).astype(self.config.dtype)
+        if self.config.has_pooler:
+            x = jnp.tanh(self.pooler(x))
+        if self.config.family == "bert":
+            x = self.head_dropout(x)
+        return self.classifier(x)
+
+
+def _policy(config: BertConfig) -> Any:
+    """The `jax.checkpoint` policy of `config.remat`; None keeps nothing but the layer's input."""
+    return None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)
