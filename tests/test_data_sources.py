@@ -128,6 +128,13 @@ def test_hub(monkeypatch):
         load_glue("cola", "someone/copy", ["validatoin"])
 
 
+def test_hub_without_an_optional_split(monkeypatch):
+    rows = datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [2], "idx": [0]})
+    answer = datasets.DatasetDict({"train": rows, "validation_matched": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: answer)
+    assert list(load_glue("mnli", "someone/copy")) == ["train", "validation_matched"]
+
+
 def test_columns_labels_and_names_are_checked(folder):
     where = folder / "glue/rte"
     write(where / "train.parquet", sentence=["a"], sentence2=["b"], label=[0])
@@ -207,7 +214,7 @@ def test_parse():
 def test_split_keeps_duplicates_together_and_drops_neutral():
     texts = [f"number {i}" for i in range(1000)]
     doubles = [f"  Number: {i}!" for i in range(1000)]
-    scores = np.concatenate([np.where(np.arange(1000) % 3 == 0, -1.0, 1.0), np.zeros(500), np.ones(500)])
+    scores = np.concatenate([np.where(np.arange(1000) % 3 == 0, -0.05, 0.05), np.zeros(500), np.full(500, 4)])
     parts = split(texts + doubles, scores)
     assert len(parts["train"].labels) + len(parts["validation"].labels) == 1500
     assert sum(int((part.labels == 0).sum()) for part in parts.values()) == 334
