@@ -20,8 +20,25 @@ def test_delta_is_alpha_over_rank_times_a_b() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(48, 4)), rng.normal(size=(4, 32))
     adapter = LoRAAdapter(jnp.float32(a), jnp.float32(b))
-    np.testing.assert_allclose(LoRA(rank=4, alpha=6.0).delta(adapter, W), 1.5 * a @ b, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(LoRA(rank=4, alpha=6.0, rslora=True).delta(adapter, W), 3.0 * a @ b, rtol=1e-5, atol=4e-5)
+    for rslora, s in ((False, 1.5), (True, 3.0)):
+        delta = LoRA(rank=4, alpha=6.0, rslora=rslora).delta(adapter, W)
+        np.testing.assert_allclose(delta, s * a @ b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "shapes", "count"),
+    [
+        (28, 32, [(3072, 3072), (3072, 1024)], 9_175_040),  # Llama-3.2-3B, query and value: PEFT's result file
+        (28, 10, [(3072, 8192)] * 2 + [(8192, 3072)], 9_461_760),  # its gate, up and down
+        (12, 8, [(768, 768)] * 2, 294_912),  # RoBERTa-base, query and value: 0.3M in the paper
+        (24, 8, [(1024, 1024)] * 2, 786_432),  # RoBERTa-large: 0.8M
+        (12, 2, [(768, 768)] * 4 + [(768, 3072), (3072, 768)], 331_776),  # DeBERTaV3-base, all: 0.33M
+    ],
+)
+def test_published_parameter_counts(layers: int, rank: int, shapes: list[tuple[int, int]], count: int) -> None:
+    adapters = [jax.eval_shape(LoRA(rank=rank).init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))[0]
+                for shape in shapes]
+    assert layers * sum(x.size for x in jax.tree.leaves(adapters)) == count
 
 
 def test_alpha_may_be_traced() -> None:

@@ -14,9 +14,9 @@ NO_DECAY = r"(?i).*norm.*|(.*/)?(bias|scale)"
 
 
 def warmup_schedule(peak: float, total_steps: int, warmup: float = 0.0, decay: str = "linear") -> optax.Schedule:
-    """From 0 to `peak` in `warmup` steps (below 1: that share of the run), then `linear` or `cosine` to 0, or `constant`.
+    """From 0 to `peak` in `warmup` steps, then `linear` or `cosine` to 0, or `constant`.
 
-    Like the Hugging Face schedulers, step 0 of a run with warm-up has learning rate 0.
+    warmup: steps, or below 1 the share of the run. Step 0 of a warm-up has learning rate 0, as in Hugging Face's.
     """
     steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
     if not 0 <= steps < max(total_steps, 1):
