@@ -1,0 +1,156 @@
+"""The node that stands where a weight was: the frozen array with its adapters, by named dimensions.
+
+A `Factor` names the dimension of the weight that each of its own dimensions runs along (`RANK` for the rank). So a
+transposed, squeezed, scanned or split weight needs no bookkeeping about which side is in and which is out: the factors
+are renamed along. With ``g`` the product of scales, a bound weight means
+
+    W' = g W + sum over terms of (sum_r a[..., r] b[..., r])
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+RANK = -1
+"""The name of a factor's rank dimension; weight dimensions are named by their index 0, 1, ..."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Factor:
+    """`array` with a name per dimension: `dims[i]` is a dimension of the weight, or RANK. Pytree; `dims` is static."""
+
+    __slots__ = ("array", "dims")
+
+    def __init__(self, array: Any, dims: tuple[int, ...]):
+        self.array, self.dims = array, dims
+
+    def tree_flatten(self):
+        return (self.array,), self.dims
+
+    @classmethod
+    def tree_unflatten(cls, dims, children):
+        return cls(children[0], dims)
+
+    def astype(self, dtype) -> Factor:
+        return self if self.array.dtype == dtype else Factor(self.array.astype(dtype), self.dims)
+
+    def size(self, dim: int) -> int:
+        return self.array.shape[self.dims.index(dim)]
+
+    def spread(self, dims: tuple[int, ...]) -> jax.Array:
+        """The array transposed to the order of `dims`, with size 1 where it does not run along one of them."""
+        order = [d for d in dims if d in self.dims]
+        array = lax.transpose(self.array, [self.dims.index(d) for d in order])
+        return lax.expand_dims(array, [i for i, d in enumerate(dims) if d not in self.dims])
+
+    def __repr__(self):
+        return f"Factor({getattr(self.array, 'shape', self.array)}, dims={self.dims})"
+
+
+class Term(NamedTuple):
+    """One adapter on one weight; every part may be None.
+
+    a, b: low-rank factors, `b` already scaled. g: scale of the weight (DoRA, IA3), along its out or in dimensions.
+    key, rate: dropout of the input of this adapter; `key` runs along stack dimensions only.
+    """
+
+    a: Factor | None = None
+    b: Factor | None = None
+    g: Factor | None = None
+    key: Factor | None = None
+    rate: Factor | None = None
+
+
+class Name(str):
+    """A path that does not take part in equality, so that identical layers share one compiled function."""
+
+    __slots__ = ()
+
+    def __eq__(self, other):
+        return isinstance(other, Name)
+
+    def __ne__(self, other):
+        return not isinstance(other, Name)
+
+    def __hash__(self):
+        return 0
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Bound:
+    """A weight of shape S (array `w`) with `terms`, at `path`. A pytree node; `lift(fn)` accepts it where `fn` reads
+    the array."""
+
+    __slots__ = ("path", "terms", "w")
+
+    def __init__(self, w: Any, terms: tuple[Term, ...], path: str = ""):
+        self.w, self.terms, self.path = w, terms, Name(path)
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        return ((key("w"), self.w), (key("terms"), self.terms)), self.path
+
+    def tree_flatten(self):
+        return (self.w, self.terms), self.path
+
+    @classmethod
+    def tree_unflatten(cls, path, children):
+        return cls(children[0], children[1], path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.w.shape)
+
+    def factors(self) -> list[Factor]:
+        """Every Factor of every term."""
+        return [f for term in self.terms for f in term if f is not None]
+
+    def map(self, w: Any, change) -> Bound:
+        """A node with weight `w` and `change` applied to each Factor."""
+        terms = tuple(Term(*(None if f is None else change(f) for f in term)) for term in self.terms)
+        return Bound(w, terms, self.path)
+
+    def __repr__(self):
+        return f"Bound({str(self.path)!r}, {self.w.shape}, terms={self.terms})"
+
+
+def is_bound(x: Any) -> bool:
+    return isinstance(x, Bound)
+
+
+def product(a: Factor, b: Factor, ndim: int) -> jax.Array:
+    """sum_r a b, spread over `ndim` weight dimensions (size 1 where neither runs)."""
+    both = [d for d in a.dims if d in b.dims and d != RANK]
+    free_a = [d for d in a.dims if d not in b.dims]
+    free_b = [d for d in b.dims if d not in a.dims]
+    numbers = (((a.dims.index(RANK),), (b.dims.index(RANK),)),
+               (tuple(a.dims.index(d) for d in both), tuple(b.dims.index(d) for d in both)))
+    return Factor(lax.dot_general(a.array, b.array, numbers), (*both, *free_a, *free_b)).spread(tuple(range(ndim)))
+
+
+def dense(node: Bound) -> jax.Array:
+    """W' as one array of the weight's shape and dtype, summed in float32 or better. Dropout is not part of it."""
+    every = tuple(range(node.ndim))
+    compute = jnp.promote_types(node.dtype, jnp.float32)
+    w = node.w.astype(compute)
+    scales = [term.g.astype(compute).spread(every) for term in node.terms if term.g is not None]
+    if len(scales) == 1:
+        w = w * scales[0]
+    elif scales:  # each adapter's scale is relative to the weight: g - 1 adds up
+        w = w * sum((g - 1 for g in scales), jnp.ones((), compute))
+    for term in node.terms:
+        if term.a is not None and term.b is not None:
+            w = w + product(term.a.astype(compute), term.b.astype(compute), node.ndim)
+    return w.astype(node.dtype)

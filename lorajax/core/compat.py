@@ -1,0 +1,119 @@
+"""The one file for what JAX does not promise: reading and re-binding jaxpr equations, on JAX 0.10 to 0.12.
+
+Everything else in lorajax uses documented JAX functions. Used here: `jax.extend.core` (extend tier), and the attributes
+`eqn.params`, `eqn.ctx`, `primitive.get_bind_params`, which `jax.core.eval_jaxpr` itself relies on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+__all__ = ["Literal", "bind", "constants", "explicit_mesh", "name_stack", "named", "open_jaxpr", "place",
+           "scan_counts", "scope", "shardings_given", "subjaxprs", "where"]
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The equations of a jaxpr, closed or open (JAX 0.12 has one class for both)."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def constants(jaxpr: Any) -> Sequence[Any]:
+    """The constants of a closed jaxpr; empty for an open one."""
+    return getattr(jaxpr, "consts", ())
+
+
+def subjaxprs(eqn: Any) -> list[Any]:
+    """Every jaxpr among an equation's parameters, in order."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(open_jaxpr(item), "eqns"):
+                found.append(item)
+    return found
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """Runs one equation, unchanged, on new operand values. Always returns a list of results."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # older JAX returned (functions, params)
+        functions, params = params
+        values = [*functions, *values]
+    out = eqn.primitive.bind(*values, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+@contextmanager
+def scope(eqn: Any, stack: Any):
+    """Names and source lines of the original program, and the settings it was traced under."""
+    info = eqn.source_info
+    with source_info_util.user_context(info.traceback, name_stack=stack + info.name_stack), eqn.ctx.manager:
+        yield
+
+
+def name_stack() -> Any:
+    """The name stack at this point of the trace."""
+    return source_info_util.current_name_stack()
+
+
+def where(eqn: Any) -> str:
+    """`file:line (function)` of the user's line that made the equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """(constants, carries) of a scan equation. Read off the shapes, since the parameters that say so changed in 0.11:
+    a scanned operand has one dimension more outside than inside, constants and carries have the same."""
+    inner = open_jaxpr(eqn.params["jaxpr"])
+    scanned = _trailing(eqn.invars, inner.invars)
+    stacked = _trailing(eqn.outvars, inner.outvars)
+    carries = len(eqn.outvars) - stacked
+    return len(eqn.invars) - scanned - carries, carries
+
+
+def _trailing(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    count = 0
+    for out, ins in zip(reversed(outer), reversed(inner), strict=True):
+        if len(out.aval.shape) != len(ins.aval.shape) + 1:
+            break
+        count += 1
+    return count
+
+
+def shardings_given(eqn: Any) -> bool:
+    """Whether a jit equation carries shardings or donation of its own, so that it must not be re-jitted without them."""
+    given = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
+    return any(eqn.params["donated_invars"]) or any(type(s).__name__ != "UnspecifiedValue" for s in given)
+
+
+def explicit_mesh(*arrays: Any) -> jax.sharding.AbstractMesh | None:
+    """The mesh of the first array that lives on one with explicit axes (sharding in types), or None."""
+    for array in arrays:
+        mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def place(array: Any) -> PartitionSpec:
+    """The PartitionSpec in an array's type, padded to its dimensions."""
+    spec = jax.typeof(array).sharding.spec
+    return PartitionSpec(*spec, *[None] * (len(jax.typeof(array).shape) - len(spec)))
+
+
+def named(mesh: Any, entries: Iterable[Any]) -> NamedSharding:
+    """NamedSharding of `entries`, dropping a mesh axis that an earlier dimension already uses."""
+    used: set[Any] = set()
+    spec = []
+    for entry in entries:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        fresh = entry is not None and not used.intersection(names)
+        used.update(names if fresh else ())
+        spec.append(entry if fresh else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))

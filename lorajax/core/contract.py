@@ -1,0 +1,289 @@
+"""Where a bound weight meets data: x W' = x W + (x A) B, never W + AB, forward or backward.
+
+Rules for `dot_general`, `conv_general_dilated`, `gather` (embedding lookup) and `ragged_dot` (experts). The base
+product is the original equation on the frozen weight; then the data with the factor that spans the contracted
+dimensions, then with the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorajax.core import compat
+from lorajax.core.bound import RANK, Bound, Factor, Term, dense
+from lorajax.core.structure import Decline
+
+
+class Labelled(NamedTuple):
+    """An array with a label per dimension: the weight's dimensions 0, 1, ..., RANK, and x's free ones FREE, FREE + 1."""
+
+    array: jax.Array
+    labels: tuple[int, ...]
+
+
+FREE = 1000
+
+
+def meet(left: Labelled, right: Labelled, keep: set[int], mesh: Any, spec: dict[int, Any], **how) -> Labelled:
+    """Contracts the labels that both have and `keep` has not; result in `dot_general`'s own order."""
+    left, right = (_sum_out(t, {x for x in t.labels if x not in o.labels and x not in keep})
+                   for t, o in ((left, right), (right, left)))
+    shared = [x for x in left.labels if x in right.labels]
+    batch, gone = [x for x in shared if x in keep], [x for x in shared if x not in keep]
+    numbers = tuple((tuple(left.labels.index(x) for x in xs), tuple(right.labels.index(x) for x in xs))
+                    for xs in (gone, batch))
+    labels = (*batch, *[x for x in left.labels if x not in shared], *[x for x in right.labels if x not in shared])
+    if mesh is not None:
+        how["out_sharding"] = compat.named(mesh, [spec.get(x) for x in labels])
+    return Labelled(lax.dot_general(left.array, right.array, numbers, **how), labels)
+
+
+def _sum_out(t: Labelled, gone: set[int]) -> Labelled:
+    axes = tuple(i for i, x in enumerate(t.labels) if x in gone)
+    return Labelled(jnp.sum(t.array, axes), tuple(x for x in t.labels if x not in gone)) if axes else t
+
+
+def dropped(term: Term, x: Labelled) -> Labelled:
+    """Inverted dropout of the term's input, one mask per entry of a stacked key."""
+    if term.key is None or term.rate is None:
+        return x
+    batch = [d for d in term.key.dims if d in x.labels]
+    if len(batch) != len(term.key.dims):
+        raise ValueError(f"dropout on a stacked weight whose layers all read one input (weight dimensions "
+                         f"{[d for d in term.key.dims if d not in batch]}): set dropout=0 for this path")
+    order = [x.labels.index(d) for d in batch] + [i for i, d in enumerate(x.labels) if d not in batch]
+    array = lax.transpose(x.array, order)
+
+    def mask(key, rate, array):
+        keep = 1.0 - jnp.asarray(rate, array.dtype)
+        return jnp.where(jax.random.bernoulli(key, 1.0 - rate, array.shape), array / keep, jnp.zeros((), array.dtype))
+
+    keys = Factor(term.key.array, term.key.dims).spread(tuple(batch))
+    rates = jnp.broadcast_to(term.rate.spread(tuple(batch)), keys.shape)
+    for _ in batch:
+        mask = jax.vmap(mask)
+    return Labelled(mask(keys, rates, array), tuple(x.labels[i] for i in order))
+
+
+def scale(y: jax.Array, g: jax.Array) -> jax.Array:
+    """y times a broadcastable scale, in the scale's (float32) precision, back in y's dtype."""
+    return (y.astype(jnp.promote_types(y.dtype, g.dtype)) * g).astype(y.dtype)
+
+
+def dot_general(eqn, left, right) -> jax.Array:
+    if isinstance(left, Bound) and isinstance(right, Bound):
+        raise Decline("a product of two weights")
+    node_left = isinstance(left, Bound)
+    node, x = (left, right) if node_left else (right, left)
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    (nc, nb), (xc, xb) = ((lc, lb), (rc, rb)) if node_left else ((rc, rb), (lc, lb))
+    names = dict(zip((*xc, *xb), (*nc, *nb), strict=True))
+    x = Labelled(x, tuple(names.get(i, FREE + i) for i in range(jnp.ndim(x))))
+    free_n = [d for d in range(node.ndim) if d not in nc and d not in nb]
+    free_x = [d for d in x.labels if d >= FREE]
+    out = (*nb, *free_n, *free_x) if node_left else (*nb, *free_x, *free_n)
+
+    def base(x: Labelled) -> jax.Array:
+        order = [x.labels.index(names.get(i, FREE + i)) for i in range(len(x.labels))]
+        array = x.array if order == sorted(order) else lax.transpose(x.array, order)
+        return compat.bind(eqn, [node.w, array] if node_left else [array, node.w])[0]
+
+    x_in, scales, redo = _split_scales(node, x, set(nc), out)
+    y = base(x_in)
+    if scales is not None:
+        y = scale(y, scales)
+    mesh = compat.explicit_mesh(x.array, node.w)
+    how = {"precision": eqn.params["precision"], "preferred_element_type": eqn.params["preferred_element_type"]}
+    for term in node.terms:
+        xt = dropped(term, x) if (term.a is not None or term in redo) else x
+        if term in redo:  # with dropout, (g - 1) acts on the dropped input: a second base product
+            y = y + scale(base(xt), term.g.spread(out) - 1)
+        if term.a is not None and term.b is not None:
+            y = y + low_rank(term, xt, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
+    return y
+
+
+def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int, ...]):
+    """(x with in-scales applied, product of out-scales shaped like the result or None, terms that need a second base
+    product because their scale acts on dropped input)."""
+    scaling = [t for t in node.terms if t.g is not None]
+    redo = [t for t in scaling if t.key is not None]
+    once = [t.g for t in scaling if t.key is None]
+    inner = [g for g in once if contracted.issuperset(g.dims)]
+    outer = [g for g in once if not contracted.intersection(g.dims)]
+    if len(inner) + len(outer) != len(once) or (inner and len(scaling) > 1):
+        raise Decline("scales along both sides of one product")
+    if any(contracted.intersection(t.g.dims) for t in redo):
+        raise Decline("a dropped scale along the contracted side")
+    if inner:
+        x = Labelled(scale(x.array, inner[0].spread(x.labels)), x.labels)
+    spread = [g.spread(out) for g in outer]
+    total = spread[0] if len(spread) == 1 else sum((g - 1 for g in spread), 1.0) if spread else None
+    return x, total, redo
+
+
+def low_rank(term: Term, x: Labelled, out, contracted: set[int], node_left: bool, mesh, y, how) -> jax.Array:
+    """(x a) b in the dimensions `out`, whichever factor spans the contracted dimensions first."""
+    first, second = sorted((term.a, term.b), key=lambda f: -_spanned(f, contracted))
+    first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in (first, second))
+    spec = _specs(mesh, x, first, second)
+    def order(left: Labelled, right: Labelled):
+        return (right, left) if node_left else (left, right)
+    keep = {*out, *second.labels}
+    hidden = meet(*order(x, first), keep, mesh, spec, precision=how["precision"])
+    if mesh is not None:
+        spec = dict(zip(out, compat.place(y), strict=True))
+    update = meet(*order(hidden, second), set(out), mesh, spec, **how)
+    array = Factor(*update).spread(out) if update.labels != tuple(out) else update.array
+    return array if array.shape == y.shape else jnp.broadcast_to(array, y.shape)
+
+
+def _spanned(f: Factor, dims: set[int]) -> int:
+    total = 1
+    for d in dims.intersection(f.dims):
+        total *= f.size(d)
+    return total if dims.intersection(f.dims) else 0
+
+
+def _specs(mesh, *arrays: Labelled) -> dict[int, Any]:
+    """label -> mesh axis, from the operands' types; the contracted ones are dropped by their absence from a result."""
+    spec: dict[int, Any] = {}
+    if mesh is not None:
+        for t in arrays:
+            for label, entry in zip(t.labels, compat.place(t.array), strict=True):
+                if label != RANK and spec.get(label) is None:
+                    spec[label] = entry
+    return spec
+
+
+def conv(eqn, x, node) -> jax.Array:
+    """Convolution by a bound kernel: x with the kernel `a` of r output channels, then a 1x1 product with `b`."""
+    if isinstance(x, Bound):
+        raise Decline("a weight as the image of a convolution")
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    if eqn.params["batch_group_count"] != 1:
+        raise Decline("batch_group_count")
+    out_dim, in_dim, *window = numbers.rhs_spec
+    batch, channel, *space = numbers.out_spec
+    reads = {in_dim, *window}
+    y = compat.bind(eqn, [x, node.w])[0]
+    result: tuple[int, ...] = tuple(out_dim if i == channel else FREE + i for i in range(jnp.ndim(x)))
+    labels = tuple(in_dim if i == numbers.lhs_spec[1] and groups == 1 else FREE + i for i in range(jnp.ndim(x)))
+    x, scales, redo = _split_scales(node, Labelled(x, labels), {in_dim} if groups == 1 else set(), result)
+    if redo or any(t.g is not None and reads.intersection(t.g.dims) for t in node.terms):
+        raise Decline("a scale on a convolution with dropout, or along its window")
+    if scales is not None:
+        y = scale(y, scales)
+    how = {"precision": eqn.params["precision"]}
+    for term in node.terms:
+        if term.a is None or term.b is None:
+            continue
+        a, b = (term.a, term.b) if reads.intersection(term.a.dims) else (term.b, term.a)
+        if out_dim in a.dims or reads.intersection(b.dims):
+            raise Decline("factors of a convolution that do not split into window and output channels")
+        a, b, rank = a.astype(x.array.dtype), b.astype(x.array.dtype), a.size(RANK)
+        dims = tuple(RANK if d == out_dim else d for d in range(node.ndim))
+        kernel = a.spread(dims)
+        full = [node.shape[d] if d in reads else rank for d in range(node.ndim)]
+        kernel = jnp.broadcast_to(kernel, full)
+        if groups > 1:
+            kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
+        params = dict(eqn.params, preferred_element_type=None)
+        hidden = eqn.primitive.bind(dropped(term, x).array, kernel, **params)
+        hidden = hidden.reshape(*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1:])
+        b_array = Factor(b.array, b.dims).spread((out_dim, RANK)).reshape(groups, -1, rank)
+        d = lax.dot_general(hidden, b_array, (((channel + 1,), (2,)), ((channel,), (0,))), **how)
+        # (groups, batch and space, out / groups) -> groups and channels side by side, where the channel dimension is
+        d = jnp.moveaxis(d, (0, -1), (channel, channel + 1))
+        y = y + d.reshape(y.shape).astype(y.dtype)
+    return y
+
+
+def gather(eqn, node, indices) -> jax.Array | Bound:
+    """Rows of a bound table. If one factor then runs along the indices alone and the other along the row alone it is
+    a lookup, a product of the two; otherwise (a layer picked out of a stack) the result is a bound weight again.
+    There is no input to drop in a lookup: an adapter's dropout does not act here (as in loralib and PEFT)."""
+    if not isinstance(node, Bound):
+        raise Decline("a weight as the index of a gather")
+    p, n = eqn.params["dimension_numbers"], node.ndim
+    indexed = set(p.start_index_map)
+    sizes = eqn.params["slice_sizes"]
+    rest = [d for d in range(n) if d not in p.collapsed_slice_dims and d not in p.operand_batching_dims]
+    if p.operand_batching_dims or not indexed.issubset(p.collapsed_slice_dims) or any(
+            sizes[d] != node.shape[d] for d in rest):
+        raise Decline("a gather of windows or with batched tables")
+    w = compat.bind(eqn, [node.w, indices])[0]
+    batch = tuple(i for i in range(w.ndim) if i not in p.offset_dims)
+    names = dict(zip(rest, p.offset_dims, strict=True))
+
+    def rows(f: Factor, fill: float) -> Factor:
+        mine = indexed.intersection(f.dims)
+        if mine and mine != indexed:
+            raise Decline("a gather along dimensions of which a factor spans some")
+        if not mine:
+            return Factor(f.array, tuple(d if d == RANK else names[d] for d in f.dims))
+        keep = [d for d in f.dims if d not in indexed]
+        at = tuple(f.dims.index(d) for d in p.start_index_map)
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(batch), len(batch) + len(keep))), collapsed_slice_dims=tuple(sorted(at)),
+            start_index_map=at)
+        window = tuple(1 if d in indexed else s for d, s in zip(f.dims, f.array.shape, strict=True))
+        array = lax.gather(f.array, indices, numbers, window, unique_indices=eqn.params["unique_indices"],
+                           indices_are_sorted=eqn.params["indices_are_sorted"], mode=eqn.params["mode"],
+                           fill_value=fill)
+        return Factor(array, (*batch, *[d if d == RANK else names[d] for d in keep]))
+
+    terms = []
+    for t in node.terms:
+        a, b = (f and rows(f, 0) for f in (t.a, t.b))
+        terms.append(Term(a, b, t.g and rows(t.g, 1)))
+    out = Bound(w, tuple(terms), node.path)
+    inside = set(p.offset_dims)
+    if all(t.a is None or t.b is None or not (inside.intersection(t.a.dims) and inside.intersection(t.b.dims))
+           for t in terms):
+        return dense(out)
+    if any(t.key is not None for t in node.terms):
+        raise ValueError(f"{node.path}: dropout on a weight that is picked from a stack by an array of indices")
+    return out
+
+
+def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
+    """Rows sorted by group times one weight per group (experts)."""
+    if isinstance(x, Bound):
+        raise Decline("a weight as the rows of ragged_dot")
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    ((xc, nc), (xb, nb)) = numbers.dot_dimension_numbers
+    if xb or nb or len(xc) != 1 or len(numbers.rhs_group_dimensions) != 1 or numbers.lhs_ragged_dimensions == xc:
+        raise Decline("ragged_dot with batch dimensions or a ragged contraction")
+    group, contracted = numbers.rhs_group_dimensions[0], nc[0]
+    out = next(d for d in range(node.ndim) if d not in (group, contracted))
+    y = compat.bind(eqn, [x, node.w, *sizes])[0]
+    for term in node.terms:
+        if term.g is not None or (term.key is not None and term.key.dims):
+            raise Decline("a scale or a dropout per expert in ragged_dot")
+        labels = tuple(contracted if i == xc[0] else FREE + i for i in range(jnp.ndim(x)))
+        h = dropped(term, Labelled(x, labels)).array
+        a, b = (term.a, term.b) if contracted in term.a.dims else (term.b, term.a)
+        for f, into, to in ((a, contracted, RANK), (b, RANK, out)):
+            if set(f.dims) - {group, into, to}:
+                raise Decline("factors of ragged_dot that span both sides")
+            axis = xc[0] if into == contracted else jnp.ndim(x) - 1
+            f = f.astype(h.dtype)
+            if group in f.dims:
+                dims = lax.RaggedDotDimensionNumbers((((axis,), (1,)), ((), ())), numbers.lhs_ragged_dimensions, (0,))
+                h = lax.ragged_dot_general(h, f.spread((group, into, to)), sizes[0], dims,
+                                           precision=eqn.params["precision"])
+            else:
+                h = lax.dot_general(h, f.spread((into, to)), (((axis,), (0,)), ((), ())),
+                                    precision=eqn.params["precision"])
+        y = y + h.astype(y.dtype)
+    return y
+
+
+RULES = {"dot_general": dot_general, "conv_general_dilated": conv, "gather": gather,
+         "ragged_dot_general": ragged_dot, "ragged_dot": ragged_dot}

@@ -1,0 +1,249 @@
+"""Evaluates a jaxpr on values some of which are bound weights.
+
+An equation without a bound operand is bound again as it is. Control flow and calls are rebuilt with JAX's public
+functions around the evaluation of their inner jaxpr. Where no rule applies, that one operand is merged and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lorajax.core import compat, contract, structure
+from lorajax.core.bound import RANK, Bound, dense, is_bound
+from lorajax.core.structure import Decline
+
+Report = Callable[[str, str, str, str], None]
+"""Called with (path, operation, source line, reason) for every weight that had to be merged."""
+
+
+class Interpreter:
+    """One evaluation: where to report, and the jitted layers already rebuilt (identical layers share one)."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.jitted: dict[int, tuple[Any, Any]] = {}
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Results of a jaxpr, open or closed; bound weights may be among `args` and among the results."""
+        jaxpr = compat.open_jaxpr(jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        stack = compat.name_stack()
+
+        def read(atom):
+            return atom.val if isinstance(atom, compat.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            values = [read(atom) for atom in eqn.invars]
+            with compat.scope(eqn, stack):
+                if any(map(is_bound, values)):
+                    results = self.apply(eqn, values)
+                else:
+                    results = compat.bind(eqn, values)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        return self.run(jaxpr, compat.constants(jaxpr), args)
+
+    def apply(self, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+        """One equation with at least one bound operand."""
+        name = eqn.primitive.name
+        try:
+            if name in FLOW:
+                return FLOW[name](self, eqn, values)
+            rule = contract.RULES.get(name) or structure.RULES.get(name)
+            if rule is None:
+                raise Decline("no rule for this primitive")
+            result = rule(eqn, *values)
+            return [_settle(r) for r in (result if isinstance(result, list) else [result])]
+        except Decline as why:
+            return compat.bind(eqn, [self.merge(v, eqn, str(why)) for v in values])
+
+    def merge(self, value: Any, eqn: Any, why: str) -> Any:
+        """A bound weight as a dense array, reported; any other value as it is. `eqn` None: the function returns it."""
+        if not is_bound(value):
+            return value
+        name, line = (eqn.primitive.name, compat.where(eqn)) if eqn else ("return", "the end of the function")
+        if any(term.key is not None for term in value.terms):
+            raise ValueError(f"{value.path}: its adapter has dropout, but `{name}` at {line} "
+                             f"needs the merged weight ({why}), which no input dropout fits: set dropout=0 for this path")
+        self.report(str(value.path), name, line, why)
+        return dense(value)
+
+
+def _settle(value: Any) -> Any:
+    """A weight that slicing left with a factor along no dimension is a vector: no larger dense than its factors."""
+    if is_bound(value) and all(t.a is None or t.b is None or t.a.dims == (RANK,) or t.b.dims == (RANK,)
+                               for t in value.terms) and any(t.a is not None for t in value.terms) and value.ndim <= 1:
+        return dense(value)
+    return value
+
+
+def _barrier(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    return lax.optimization_barrier(list(values))  # over the leaves of the nodes as well
+
+
+def _call(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    (inner,) = compat.subjaxprs(eqn)
+    return self.closed(inner, values)
+
+
+def _jit(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    inner = eqn.params["jaxpr"]
+    if compat.shardings_given(eqn) or getattr(eqn.params["inline"], "value", eqn.params["inline"]) is True:
+        return self.closed(inner, values)
+    if id(inner) not in self.jitted:
+        def body(*args):
+            return self.closed(inner, args)
+        body.__name__ = eqn.params["name"]
+        self.jitted[id(inner)] = (jax.jit(body, keep_unused=eqn.params["keep_unused"]), inner)
+    return self.jitted[id(inner)][0](*values)
+
+
+def _remat(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    inner = eqn.params["jaxpr"]
+    return jax.checkpoint(lambda *args: self.closed(inner, args), prevent_cse=eqn.params["prevent_cse"],
+                          policy=eqn.params["policy"])(*values)
+
+
+def _loop(values: list[Any], carried: range, attempt: Callable[[list[Any]], Any], merge: Callable[[Any, str], Any]):
+    """Runs a loop with carried weights bound; merges those that the body does not hand on as they came."""
+    while True:
+        try:
+            return attempt(values)
+        except _Changed as changed:
+            index = carried[changed.slot]
+            values[index] = merge(values[index], "the loop changes the weight that it carries")
+
+
+class _Changed(Exception):
+    """A loop body returned something else than a bound weight of the same layout in a carried slot."""
+
+    def __init__(self, slot: int):
+        self.slot = slot
+
+
+def _handed_on(before: Sequence[Any], after: list[Any], merge: Callable[[Any], Any]) -> list[Any]:
+    """Carry results that match the carry: bound where it was bound, dense elsewhere."""
+    for slot, (old, new) in enumerate(zip(before, after, strict=True)):
+        if is_bound(old) and (not is_bound(new) or jax.tree.structure(old) != jax.tree.structure(new)
+                              or [jnp.shape(x) for x in jax.tree.leaves(old)] != [jnp.shape(x) for x in jax.tree.leaves(new)]):
+            raise _Changed(slot)
+        if not is_bound(old):
+            after[slot] = merge(new)
+    return after
+
+
+def _scan(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    p = eqn.params
+    n_consts, n_carry = compat.scan_counts(eqn)
+
+    def attempt(values):
+        consts, carry, xs = values[:n_consts], values[n_consts:n_consts + n_carry], values[n_consts + n_carry:]
+        rows = [_Rows(x, p["length"]) for x in xs]
+
+        def body(carry, sliced):
+            out = self.closed(p["jaxpr"], [*consts, *carry, *[r.put(s) for r, s in zip(rows, sliced, strict=True)]])
+            done = _handed_on(carry, out[:n_carry], lambda v: self.merge(v, eqn, "a loop returns it"))
+            return done, out[n_carry:]
+
+        carry, ys = lax.scan(body, carry, [r.sliced for r in rows], length=p["length"], reverse=p["reverse"],
+                             unroll=p["unroll"])
+        return [*carry, *[_stacked(y) for y in ys]]
+
+    return _loop(list(values), range(n_consts, n_consts + n_carry), attempt,
+                 lambda v, why: self.merge(v, eqn, why))
+
+
+class _Rows:
+    """A scanned operand: the leaves that run along dimension 0 are sliced, the others (a shared A) stay outside."""
+
+    def __init__(self, x: Any, length: int):
+        self.node = x if is_bound(x) else None
+        self.sliced = x
+        if is_bound(x):
+            first = [f.spread((0, *[d for d in f.dims if d != 0])) if 0 in f.dims else None for f in x.factors()]
+            self.sliced = (x.w, first)
+
+    def put(self, sliced: Any) -> Any:
+        """The operand inside the body, from this iteration's slices."""
+        if self.node is None:
+            return sliced
+        w, first = sliced
+        rows = iter(first)
+
+        def change(f):
+            row = next(rows)
+            if row is None:
+                return structure.rename(f, {d: d - 1 for d in f.dims})
+            dims = [d for d in f.dims if d != 0]
+            return structure.rename(type(f)(row, tuple(dims)), {d: d - 1 for d in dims})
+
+        return self.node.map(w, change)
+
+
+def _stacked(y: Any) -> Any:
+    """A bound weight that every iteration returned: its leaves have a new dimension 0."""
+    if not is_bound(y):
+        return y
+    return y.map(y.w, lambda f: type(f)(f.array, (0, *[d if d == RANK else d + 1 for d in f.dims])))
+
+
+def _while(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+
+    def attempt(values):
+        cond_consts, body_consts, init = values[:n_cond], values[n_cond:n_cond + n_body], values[n_cond + n_body:]
+
+        def body(carry):
+            out = self.closed(p["body_jaxpr"], [*body_consts, *carry])
+            return _handed_on(carry, out, lambda v: self.merge(v, eqn, "a loop returns it"))
+
+        return lax.while_loop(lambda carry: self.closed(p["cond_jaxpr"], [*cond_consts, *carry])[0], body, list(init))
+
+    return _loop(list(values), range(n_cond + n_body, len(values)), attempt,
+                 lambda v, why: self.merge(v, eqn, why))
+
+
+def _cond(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    def branch(jaxpr):
+        return lambda *args: [self.merge(v, eqn, "a branch returns it") for v in self.closed(jaxpr, args)]
+
+    index, *operands = values
+    return lax.switch(index, [branch(j) for j in eqn.params["branches"]], *operands)
+
+
+def _shard_map(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    p = eqn.params
+
+    def spec(value, full):
+        if not is_bound(value):
+            return full
+        entries = [*full, *[None] * (value.ndim - len(full))]
+        return value.map(full, lambda f: type(f)(PartitionSpec(*[None if d == RANK else entries[d] for d in f.dims]),
+                                                 f.dims))
+
+    def body(*args):
+        return [self.merge(v, eqn, "a shard_map returns it") for v in self.run(p["jaxpr"], compat.constants(p["jaxpr"]), args)]
+
+    return jax.shard_map(body, mesh=p["mesh"], in_specs=tuple(map(spec, values, p["in_specs"])),
+                         out_specs=list(p["out_specs"]), check_vma=p["check_vma"], axis_names=p["manual_axes"])(*values)
+
+
+def _custom(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    raise Decline("a custom derivative takes the weight")
+
+
+FLOW: dict[str, Callable[[Interpreter, Any, Sequence[Any]], Sequence[Any]]] = {
+    "jit": _jit, "pjit": _jit, "closed_call": _call, "core_call": _call, "checkpoint": _remat, "remat2": _remat,
+    "optimization_barrier": _barrier, "scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map,
+    "custom_jvp_call": _custom, "custom_vjp_call": _custom, "custom_vjp_call_jaxpr": _custom,
+}

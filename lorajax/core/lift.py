@@ -1,0 +1,70 @@
+"""`lift(f)` is `f`, but it accepts bound weights where `f` reads arrays, and never forms W + AB.
+
+`f` is traced to a jaxpr with the dense shapes, then that jaxpr is evaluated with the bound weights. Because only the
+traced program matters, the model needs no change and no naming convention.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lorajax.core.bound import is_bound
+from lorajax.core.interpret import Interpreter
+
+
+class MaterialisedWeight(UserWarning):
+    """A bound weight met an operation that has no factored form; its merged W + AB was used. Correct, but it costs a
+    dense weight and its gradient. `lift(f, strict=True)` raises `StrictLiftError` instead."""
+
+
+class StrictLiftError(RuntimeError):
+    """`lift(f, strict=True)` met an operation that needs a merged weight."""
+
+
+def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """`fn` with bound weights allowed anywhere in its arguments; with none it is `fn` itself.
+
+    The result composes with jit, grad, vmap, checkpoint and meshes. Each un-jitted call traces `fn` anew, so call it
+    under `jax.jit`. An operation on a weight that has no factored form (a weight squared, a custom derivative) uses
+    the merged weight of that operand alone, and warns `MaterialisedWeight` once per call, path and operation.
+
+    strict: raise `StrictLiftError` instead of warning.
+    """
+
+    @functools.wraps(fn)
+    def lifted(*args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_bound)
+        slots = [i for i, leaf in enumerate(leaves) if is_bound(leaf)]
+        if not slots:
+            return fn(*args, **kwargs)
+
+        def dense(*weights):
+            filled = list(leaves)
+            for slot, weight in zip(slots, weights, strict=True):
+                filled[slot] = weight
+            args, kwargs = jax.tree.unflatten(tree, filled)
+            return fn(*args, **kwargs)
+
+        jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*[leaves[i].w for i in slots])
+
+        def report(*place: str) -> None:
+            path, operation, line, why = place
+            text = f"{path}: merged W + AB for `{operation}` ({why}) at {line}"
+            if strict:
+                raise StrictLiftError(f"{text}. Leave this path out of the rules, or lift without strict=True")
+            if place not in told:
+                told.add(place)
+                warnings.warn(text, MaterialisedWeight, stacklevel=2)
+
+        told: set[tuple[str, ...]] = set()
+        run = Interpreter(report)
+        results = run.closed(jaxpr, [leaves[i] for i in slots])
+        results = [run.merge(r, None, "what a function returns is arrays") for r in results]
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return lifted
