@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
+from lorajax.control.controller import Controller
 from lorajax.train.step import Loss, TrainState, make_gradients
+
+_PACKAGE = Path(__file__).parents[1]
+_MACHINERY = tuple(f"{folder}/" for folder in (Path(jax.__file__).parent, _PACKAGE / "core", _PACKAGE / "train"))
 
 
 class Blame(NamedTuple):
@@ -37,7 +43,14 @@ class Blame(NamedTuple):
 
 
 def blame(
-    loss: Loss, adapt: Any, state: TrainState, frozen: Any, batch: Any, controller: Any = None, *, accumulate: int = 1
+    loss: Loss,
+    adapt: Any,
+    state: TrainState,
+    frozen: Any,
+    batch: Any,
+    controller: Controller | None = None,
+    *,
+    accumulate: int = 1,
 ) -> Blame:
     """Repeats the failed step's gradients (same keys, same masks) and names what is not finite.
 
@@ -70,9 +83,15 @@ def _bad(tree: Any) -> tuple[str, ...]:
 
 
 def _origin(fn: Callable[..., Any], *args: Any) -> str:
-    """The first primitive of `fn` that returns a NaN, as checkify words it; '' where checkify cannot follow `fn`."""
+    """The first primitive of `fn` that returns a NaN, and its line; '' where checkify cannot follow `fn`."""
     try:
         error, _ = jax.jit(checkify.checkify(fn, errors=checkify.nan_checks))(*args)
-        return (error.get() or "").strip()
+        found = error.get_exception()
     except Exception:  # a diagnosis must never replace the failure it explains
         return ""
+    if found is None:
+        return ""
+    frames = getattr(found, "traceback_info", None)  # jaxlib's own traceback object, of the traced equation
+    frames = traceback.extract_tb(frames.as_python_traceback()) if hasattr(frames, "as_python_traceback") else []
+    lines = [f" at {f.filename}:{f.lineno} in {f.name}" for f in frames if not f.filename.startswith(_MACHINERY)]
+    return str(error.get()).strip().rstrip(".") + "".join(lines[-1:])

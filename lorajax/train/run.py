@@ -1,7 +1,7 @@
 """The folder of one run: what was asked, what was measured, and whether it finished.
 
 `metrics.jsonl` holds nothing that depends on the clock, so a run that was killed and resumed ends with the same bytes
-as one that was not; times go to `timing.jsonl` and tensorboard. `summary.json` is written last: its presence = finished.
+as one that was not; times go to `timing.jsonl` and tensorboard. `summary.json` comes last: its presence = finished.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from lorajax.control.controller import Controller, identity
+
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
 """(bound params, batch, key) -> (mean loss over the batch's real examples, scalar means to report)."""
 
@@ -45,7 +47,9 @@ class Gradients(NamedTuple):
     grads: Any
 
 
-def init_state(key: jax.Array, trainable: Any, tx: optax.GradientTransformation, controller: Any = None) -> TrainState:
+def init_state(
+    key: jax.Array, trainable: Any, tx: optax.GradientTransformation, controller: Controller | None = None
+) -> TrainState:
     """The state before the first step.
 
     Every array is a copy, so that donation can never delete a buffer that the caller (or the base) still holds.
@@ -53,7 +57,7 @@ def init_state(key: jax.Array, trainable: Any, tx: optax.GradientTransformation,
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(f"key is a {key.dtype}{list(key.shape)} array; make a typed one with jax.random.key(seed)")
-    control = () if controller is None else controller.init(trainable)
+    control = (controller or identity()).init(trainable)
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable), control, key)
     return jax.tree.map(_own, state)
 
@@ -62,7 +66,7 @@ def make_step(
     loss: Loss,
     adapt: Any,
     tx: optax.GradientTransformation,
-    controller: Any = None,
+    controller: Controller | None = None,
     *,
     clip: float | None = 1.0,
     accumulate: int = 1,
@@ -88,6 +92,7 @@ def make_step(
             raise ValueError(f"{name}={value} must be at least 1")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} must be positive; None turns clipping off")
+    controller = controller or identity()
     gradients = make_gradients(loss, adapt, controller, accumulate=accumulate)
 
     def one(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -95,11 +100,10 @@ def make_step(
         norm = optax.tree.norm(found.grads)
         scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, state.trainable)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to powers of int32 counters
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         new = optax.apply_updates(state.trainable, updates)
-        control = state.control
-        if controller is not None:
-            new, control = controller.update(grads, state.trainable, new, control)
+        new, control = controller.update(grads, state.trainable, new, state.control)
         total = found.loss + found.penalty
         finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(new)
         after = _keep(finite, TrainState(state.step + 1, new, opt_state, control, state.key), state)
@@ -120,12 +124,13 @@ def make_step(
 
 
 def make_gradients(
-    loss: Loss, adapt: Any, controller: Any = None, *, accumulate: int = 1
+    loss: Loss, adapt: Any, controller: Controller | None = None, *, accumulate: int = 1
 ) -> Callable[[TrainState, Any, Any], Gradients]:
     """The first half of a step, not jitted: ``(state, frozen, batch) -> Gradients``."""
+    draw = (controller or identity()).masks
 
     def gradients(state: TrainState, frozen: Any, batch: Any) -> Gradients:
-        masks = None if controller is None else controller.masks(state.control)
+        masks = draw(state.control)
         step_key = jax.random.fold_in(state.key, state.step)
 
         def micro(part: Any, index: jax.Array) -> tuple[Any, Any]:
@@ -191,7 +196,7 @@ def _weight(batch: Any) -> jax.Array:
 def _wide(x: Any) -> jax.Array:
     """x in float32, or in its own dtype where that is wider."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def _own(x: Any) -> jax.Array:

@@ -1,0 +1,432 @@
+"""The step against numpy re-derivations on a linear model y = x (W + a b), and its word on buffers and NaN."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorajax.control.controller import Controller
+from lorajax.train.blame import blame
+from lorajax.train.step import init_state, make_eval, make_step
+
+N_IN, RANK, N_OUT, BATCH = 4, 2, 3, 8
+
+
+class Pair(NamedTuple):
+    a: jax.Array
+    b: jax.Array
+
+
+class Linear:
+    """Stands in for `lorajax.adapt`: one site 'w', and a penalty of `strength` times the sum of squares of b."""
+
+    def __init__(self, strength=0.0):
+        self.strength = strength
+        self.seen = []
+
+    def bind(self, trainable, frozen, *, key=None, masks=None, onto=None):
+        self.seen.append(key)
+        a, b = trainable["w"]
+        a = a if masks is None else a * masks["w"][None, :]
+        return {"w": frozen["w"] + a @ b, "key": key}
+
+    def penalty(self, trainable):
+        return self.strength * jnp.sum(trainable["w"].b ** 2) if self.strength else 0.0
+
+
+def squares(bound, batch, key):
+    """Mean over real examples of the squared error, and the mean absolute one as a scalar to report."""
+    error = batch["x"] @ bound["w"] - batch["y"]
+    count = jnp.sum(batch["weight"])
+    mean = jnp.sum(jnp.sum(error**2, axis=1) * batch["weight"]) / count
+    return mean, {"absolute": jnp.sum(jnp.abs(error).sum(axis=1) * batch["weight"]) / count}
+
+
+def numbers(seed=0, weight=None):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    weight = np.ones(BATCH, np.float32) if weight is None else np.asarray(weight, np.float32)
+    batch = {"x": draw(BATCH, N_IN), "y": draw(BATCH, N_OUT), "weight": weight}
+    return {"w": Pair(draw(N_IN, RANK), draw(RANK, N_OUT))}, {"w": draw(N_IN, N_OUT)}, batch
+
+
+def start(tx, controller=None, seed=0, weight=None):
+    trainable, frozen, batch = jax.tree.map(jnp.asarray, numbers(seed, weight))
+    return init_state(jax.random.key(7), trainable, tx, controller), frozen, batch
+
+
+def derived(trainable, frozen, batch, strength=0.0):
+    """(loss, gradient of a, gradient of b) in float64, by hand."""
+    a, b, w = (np.float64(x) for x in (*trainable["w"], frozen["w"]))
+    x, y, weight = (np.float64(batch[name]) for name in ("x", "y", "weight"))
+    error = x @ (w + a @ b) - y
+    share = weight / weight.sum()
+    loss = (share * (error**2).sum(1)).sum()
+    pull = 2 * x.T @ (error * share[:, None])
+    return loss, pull @ b.T, a.T @ pull + 2 * strength * b
+
+
+def split(batch, n):
+    return jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+
+
+def host(tree):
+    """The tree as numpy copies, keys as their data."""
+
+    def is_key(x):
+        return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+    return jax.tree.map(lambda x: np.array(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, host(left), host(right))
+
+
+def test_adamw_with_clipping_and_penalty_is_the_numpy_recursion():
+    rate, b1, b2, eps, decay, clip, strength = 0.05, 0.8, 0.9, 1e-8, 0.01, 0.7, 0.3
+    tx = optax.adamw(rate, b1, b2, eps, weight_decay=decay)
+    trainable, frozen, batch = numbers()
+    state, device_frozen, device_batch = start(tx)
+    step = make_step(squares, Linear(strength), tx, clip=clip)
+    values = {name: np.float64(getattr(trainable["w"], name)) for name in "ab"}
+    m, v = ({name: np.zeros_like(x) for name, x in values.items()} for _ in range(2))
+    for t in range(1, 6):
+        loss, *grads = derived({"w": Pair(**values)}, frozen, batch, strength)
+        penalty = strength * (values["b"] ** 2).sum()
+        norm = np.sqrt(sum((g**2).sum() for g in grads))
+        assert norm > clip
+        for name, g in zip("ab", grads, strict=True):
+            g = g * clip / norm
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g**2
+            adam = m[name] / (1 - b1**t) / (np.sqrt(v[name] / (1 - b2**t)) + eps)
+            values[name] = values[name] - rate * (adam + decay * values[name])
+        state, metrics = step(state, device_frozen, device_batch)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["penalty"], penalty, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        assert metrics["finite"]
+        assert metrics["weight"] == BATCH
+    assert state.step == 5
+    for name in "ab":
+        np.testing.assert_allclose(getattr(state.trainable["w"], name), values[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.5, "clipped"), (None, "whole"), (1e6, "whole")])
+def test_clip_bounds_the_update_and_reports_the_norm_before(clip, factor):
+    trainable, frozen, batch = numbers()
+    _, *grads = derived(trainable, frozen, batch)
+    norm = np.sqrt(sum((g**2).sum() for g in grads))
+    state, device_frozen, device_batch = start(optax.sgd(1.0))
+    state, metrics = make_step(squares, Linear(), optax.sgd(1.0), clip=clip)(state, device_frozen, device_batch)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    scale = 0.5 / norm if factor == "clipped" else 1.0
+    for name, g in zip("ab", grads, strict=True):
+        moved = getattr(trainable["w"], name) - np.asarray(getattr(state.trainable["w"], name))
+        np.testing.assert_allclose(moved, g * scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [[1] * 8, [1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]])
+def test_accumulation_is_the_one_big_batch(weight):
+    """Micro-batches with unlike numbers of real examples, one of them (third case) nothing but padding."""
+    tx = optax.sgd(0.1)
+    state, frozen, batch = start(tx, weight=weight)
+    whole, want = make_step(squares, Linear(0.2), tx, clip=None)(state, frozen, batch)
+    state, frozen, batch = start(tx, weight=weight)
+    parts, got = make_step(squares, Linear(0.2), tx, clip=None, accumulate=4)(state, frozen, split(batch, 4))
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-6, err_msg=name)
+    for got_leaf, want_leaf in zip(parts.trainable["w"], whole.trainable["w"], strict=True):
+        np.testing.assert_allclose(got_leaf, want_leaf, rtol=1e-6, atol=1e-6)
+    assert parts.step == whole.step == 1
+
+
+def test_the_state_is_donated_and_nothing_else():
+    tx = optax.adam(0.1)
+    trainable, frozen, batch = jax.tree.map(jnp.asarray, numbers())
+    state = init_state(jax.random.key(0), trainable, tx)
+    before = jax.tree.leaves(state)
+    make_step(squares, Linear(), tx)(state, frozen, batch)
+    assert all(x.is_deleted() for x in before)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((trainable, frozen, batch)))
+
+
+def test_one_compile_for_many_steps_and_the_base_is_an_argument():
+    traces = []
+
+    def counted(bound, batch, key):
+        traces.append(1)
+        return squares(bound, batch, key)
+
+    tx = optax.adam(0.1)
+    state, frozen, batch = start(tx)
+    step = make_step(counted, Linear(), tx)
+    for seed in range(4):
+        _, other, batch = jax.tree.map(jnp.asarray, numbers(seed))
+        want, *_ = derived(host(state.trainable), host(other), host(batch))
+        state, metrics = step(state, other, batch)
+        np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+    assert len(traces) == 1
+    step(state, frozen, jax.tree.map(lambda x: x[:4], batch))
+    assert len(traces) == 2
+
+
+def counting_masks(seen):
+    """Rank 0 in even steps, rank 1 in odd ones; the state counts the steps."""
+
+    def masks(state):
+        seen.append("masks")
+        return {"w": jnp.where(state["count"] % 2 == 0, jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))}
+
+    def update(grads, old, new, state):
+        return new, {"count": state["count"] + 1}
+
+    return Controller(lambda trainable: {"count": jnp.int32(0)}, masks, update)
+
+
+def test_masks_are_drawn_once_per_step_and_shared_by_the_micro_batches():
+    seen = []
+    controller, tx = counting_masks(seen), optax.sgd(1e-3)
+    state, frozen, batch = start(tx, controller)
+    step = make_step(squares, Linear(), tx, controller, clip=None, accumulate=4)
+    for t in range(3):
+        mask = np.array([1.0, 0.0] if t % 2 == 0 else [0.0, 1.0])
+        trainable = host(state.trainable)
+        masked = {"w": Pair(trainable["w"].a * mask, trainable["w"].b)}
+        loss, ga, gb = derived(masked, host(frozen), host(batch))
+        state, metrics = step(state, frozen, split(batch, 4))
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(state.trainable["w"].a, trainable["w"].a - 1e-3 * ga * mask, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.trainable["w"].b, trainable["w"].b - 1e-3 * gb, rtol=1e-5, atol=1e-6)
+        assert state.control["count"] == t + 1
+    assert seen == ["masks"]  # once in the one trace
+
+
+def test_the_controller_gets_clipped_gradients_and_both_sides_of_the_step():
+    def update(grads, old, new, state):
+        return jax.tree.map(lambda x: x + 1.0, new), {"grads": grads, "old": old, "new": new}
+
+    controller = Controller(lambda t: {"grads": t, "old": t, "new": t}, lambda state: None, update)
+    tx = optax.sgd(1.0)
+    state, frozen, batch = start(tx, controller)
+    before = host(state.trainable)
+    state, _ = make_step(squares, Linear(), tx, controller, clip=0.5)(state, frozen, batch)
+    control = host(state.control)
+    np.testing.assert_allclose(np.sqrt(sum((g**2).sum() for g in control["grads"]["w"])), 0.5, rtol=1e-5)
+    for old, grad, new, final, start_ in zip(
+        control["old"]["w"], control["grads"]["w"], control["new"]["w"], state.trainable["w"], before["w"], strict=True
+    ):
+        np.testing.assert_array_equal(old, start_)
+        np.testing.assert_allclose(new, old - grad, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(final, new + 1.0)
+
+
+def noisy(bound, batch, key):
+    """Reports one draw of each key, so that a test sees which keys the step hands out."""
+    loss, _ = squares(bound, batch, key)
+    return loss, {"model": jax.random.uniform(key), "adapter": jax.random.uniform(bound["key"])}
+
+
+def test_dropout_keys_differ_by_purpose_and_step_and_survive_a_resume():
+    tx = optax.adam(0.1)
+    step = make_step(noisy, Linear(), tx)
+    state, frozen, batch = start(tx)
+    drawn = []
+    for t in range(4):
+        if t == 2:
+            saved = jax.tree.map(jnp.copy, state)
+        state, metrics = step(state, frozen, batch)
+        drawn += [float(metrics["model"]), float(metrics["adapter"])]
+    assert len(set(drawn)) == 8
+    for _ in range(2):
+        saved, _ = step(saved, frozen, batch)
+    same(saved, state)
+
+
+def test_micro_batches_have_keys_of_their_own():
+    tx = optax.sgd(0.0)
+    state, frozen, batch = start(tx)
+    alike = jax.tree.map(lambda x: jnp.stack([x, x]), batch)
+    _, first = make_step(noisy, Linear(), tx)(state, frozen, batch)
+    state, *_ = start(tx)
+    _, mean = make_step(noisy, Linear(), tx, accumulate=2)(state, frozen, alike)
+    assert abs(float(first["model"]) - float(mean["model"])) > 1e-3  # the mean of two draws, not one draw twice
+
+
+def test_eval_gives_the_adapter_no_key():
+    adapt = Linear()
+    trainable, frozen, batch = numbers()
+    evaluate = make_eval(lambda bound, batch: batch["x"] @ bound["w"], adapt)
+    got = evaluate(*jax.tree.map(jnp.asarray, (trainable, frozen, batch)))
+    a, b = trainable["w"]
+    np.testing.assert_allclose(got, batch["x"] @ (frozen["w"] + a @ b), rtol=1e-5, atol=1e-5)
+    got = evaluate(*jax.tree.map(jnp.asarray, (trainable, frozen, batch)), {"w": jnp.zeros(RANK)})
+    np.testing.assert_allclose(got, batch["x"] @ frozen["w"], rtol=1e-5, atol=1e-5)
+    assert set(adapt.seen) == {None}
+
+
+def test_several_steps_per_call_give_identical_numbers():
+    seen = []
+    tx, controller = optax.adam(0.05), counting_masks(seen)
+    batches = [jax.tree.map(jnp.asarray, numbers(seed)[2]) for seed in range(6)]
+    state, frozen, _ = start(tx, controller)
+    one = make_step(squares, Linear(0.1), tx, controller)
+    rows = []
+    for batch in batches:
+        state, metrics = one(state, frozen, batch)
+        rows.append(metrics)
+    many_state, frozen, _ = start(tx, controller)
+    many = make_step(squares, Linear(0.1), tx, controller, steps_per_call=3)
+    for i in (0, 3):
+        many_state, metrics = many(many_state, frozen, jax.tree.map(lambda *x: jnp.stack(x), *batches[i : i + 3]))
+        for j in range(3):
+            same({name: x[j] for name, x in metrics.items()}, rows[i + j])
+    same(many_state, state)
+
+
+def test_a_nan_leaves_the_state_as_it_was():
+    tx = optax.adam(0.1)
+    step = make_step(squares, Linear(), tx)
+    state, frozen, batch = start(tx)
+    state, _ = step(state, frozen, batch)
+    before = host(state)
+    state, metrics = step(state, frozen, {**batch, "x": batch["x"].at[0, 0].set(jnp.nan)})
+    assert not metrics["finite"]
+    same(state, before)
+    state, metrics = step(state, frozen, batch)
+    assert metrics["finite"]
+    assert state.step == 2
+
+
+def test_a_nan_inside_a_call_of_many_steps_keeps_the_last_good_one():
+    tx = optax.adam(0.1)
+    state, frozen, batch = start(tx)
+    good, _ = make_step(squares, Linear(), tx)(state, frozen, batch)
+    state, frozen, batch = start(tx)
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
+    batches["x"] = batches["x"].at[1, 0, 0].set(jnp.inf)
+    state, metrics = make_step(squares, Linear(), tx, steps_per_call=3)(state, frozen, batches)
+    assert metrics["finite"].tolist() == [True, False, False]
+    same(state, good)
+
+
+def root(bound, batch, key):
+    """Its loss is NaN where an output is negative; its gradient alone is where one is 0."""
+    return jnp.mean(jnp.sqrt(batch["x"] @ bound["w"])), {}
+
+
+def positive(scale):
+    """(trainable, frozen, batch): every output is 8 times `scale`."""
+    trainable = {"w": Pair(jnp.zeros((N_IN, RANK)), jnp.ones((RANK, N_OUT)))}
+    return trainable, {"w": scale * jnp.ones((N_IN, N_OUT))}, {"x": 2 * jnp.ones((BATCH, N_IN))}
+
+
+def blamed(loss, trainable, frozen, batch, adapt=None, tx=None, accumulate=1):
+    adapt, tx = adapt or Linear(), tx or optax.sgd(0.1)
+    state = init_state(jax.random.key(0), trainable, tx)
+    state, metrics = make_step(loss, adapt, tx, accumulate=accumulate)(state, frozen, batch)
+    assert not metrics["finite"]
+    return blame(loss, adapt, state, frozen, batch, accumulate=accumulate)
+
+
+def test_blame_names_the_array():
+    trainable, frozen, batch = positive(1.0)
+    healthy = init_state(jax.random.key(0), trainable, optax.sgd(0.1))
+    assert blame(root, Linear(), healthy, frozen, batch).cause == "update"  # nothing else is left
+    broken = {"w": trainable["w"]._replace(b=trainable["w"].b.at[0, 0].set(jnp.inf))}
+    found = blamed(root, broken, frozen, batch)
+    assert (found.cause, found.where) == ("adapter", ("w.b",))
+    assert "w.b" in str(found)
+    found = blamed(root, trainable, {"w": frozen["w"].at[0, 0].set(jnp.nan)}, batch)
+    assert (found.cause, found.where) == ("base", ("w",))
+    found = blamed(root, trainable, frozen, {"x": batch["x"].at[0, 0].set(jnp.nan)})
+    assert (found.cause, found.where) == ("batch", ("x",))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_blame_tells_loss_from_gradient_and_finds_the_primitive(accumulate):
+    trainable, frozen, batch = positive(-1.0)
+    batch = batch if accumulate == 1 else split(batch, accumulate)
+    found = blamed(root, trainable, frozen, batch, accumulate=accumulate)
+    assert found.cause == "loss"
+    assert "sqrt" in found.origin
+    assert "test_step.py" in found.origin
+    assert found.origin.endswith("in root")
+    assert "an activation is" in str(found)
+    trainable, frozen, _ = positive(0.0)
+    found = blamed(root, trainable, frozen, batch, accumulate=accumulate)
+    assert found.cause == "gradient"
+    assert "w.a" in found.where
+
+
+def test_blame_tells_penalty_and_update():
+    trainable, frozen, batch = positive(1.0)
+
+    class Lost(Linear):
+        def penalty(self, trainable):
+            return jnp.log(-jnp.sum(trainable["w"].b))
+
+    assert blamed(root, trainable, frozen, batch, adapt=Lost()).cause == "penalty"
+    found = blamed(root, trainable, frozen, batch, tx=optax.sgd(jnp.inf))
+    assert found.cause == "update"
+    assert "optimizer" in str(found)
+
+
+def test_low_precision_adapters_keep_their_dtype():
+    tx = optax.adam(0.1)
+    trainable, frozen, batch = jax.tree.map(jnp.asarray, numbers())
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (trainable, frozen))
+    batch = {**batch, "x": batch["x"].astype(jnp.bfloat16)}
+
+    def loss(bound, batch, key):
+        return squares({"w": bound["w"].astype(jnp.float32)}, {**batch, "x": batch["x"].astype(jnp.float32)}, key)
+
+    state, metrics = make_step(loss, Linear(), tx, accumulate=2)(
+        init_state(jax.random.key(0), low[0], tx), low[1], split(batch, 2)
+    )
+    assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype(jnp.bfloat16)}
+    assert metrics["loss"].dtype == metrics["grad_norm"].dtype == jnp.float32
+
+
+def test_a_batch_split_over_eight_devices_gives_the_same_step():
+    tx = optax.sgd(0.1)
+    state, frozen, batch = start(tx, weight=[1, 1, 0, 1, 1, 1, 0, 1])
+    want, want_metrics = make_step(squares, Linear(), tx)(state, frozen, batch)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    everywhere, spread = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    state, frozen, batch = start(tx, weight=[1, 1, 0, 1, 1, 1, 0, 1])
+    state, frozen, batch = jax.device_put((state, frozen, batch), (everywhere, everywhere, spread))
+    step = make_step(squares, Linear(), tx)
+    got, metrics = step(state, frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
+    for got_leaf, want_leaf in zip(got.trainable["w"], want.trainable["w"], strict=True):
+        np.testing.assert_allclose(got_leaf, want_leaf, rtol=1e-6, atol=1e-6)
+    step(got, frozen, batch)
+    assert step._cache_size() == 1
+
+
+def test_errors_say_what_to_do():
+    tx = optax.sgd(0.1)
+    state, frozen, batch = start(tx)
+    with pytest.raises(ValueError, match="accumulate=0 must be at least 1"):
+        make_step(squares, Linear(), tx, accumulate=0)
+    with pytest.raises(ValueError, match=r"clip=0\.0 must be positive; None turns clipping off"):
+        make_step(squares, Linear(), tx, clip=0.0)
+    with pytest.raises(ValueError, match=r"accumulate=4, but batch\['weight'\] has shape \(8,\).*4 micro-batches"):
+        make_step(squares, Linear(), tx, accumulate=4)(state, frozen, batch)
+    with pytest.raises(ValueError, match=r"the loss reports \['grad_norm'\].*rename"):
+        make_step(lambda *args: (squares(*args)[0], {"grad_norm": jnp.float32(0)}), Linear(), tx)(state, frozen, batch)
+    with pytest.raises(TypeError, match=r"make a typed one with jax\.random\.key"):
+        init_state(jax.random.PRNGKey(0), state.trainable, tx)
+    widening = Controller(lambda t: jnp.int32(0), lambda s: None, lambda g, old, new, s: (new, s.astype(jnp.float32)))
+    with pytest.raises(TypeError, match=r"state\.control from int32\[\] into float32\[\].*must keep shape and dtype"):
+        make_step(squares, Linear(), tx, widening)(state._replace(control=jnp.int32(0)), frozen, batch)
