@@ -32,7 +32,7 @@ def test_example_learns_and_merges() -> None:
         "params/layers_0/kernel": 2,
         "params/layers_2/kernel": 4,
     }
-    # Merged parameters by hand: W + alpha / rank * A B, with LoRA's default alpha = 8; the biases themselves were trained.
+    # Merged parameters by hand: W + alpha / rank * A B; LoRA's default alpha is 8. The biases were trained themselves.
     for layer in ("layers_0", "layers_2"):
         adapter = trainable[f"params/{layer}/kernel"]
         scale = 8.0 / adapter.A.shape[-1]

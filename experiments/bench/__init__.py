@@ -1,0 +1,1 @@
+"""Benchmarks: what adapting a model costs, in time to trace and in FLOPs."""
