@@ -1,0 +1,1 @@
+"""Files: pretrained checkpoints, pinned assets, fingerprints, adapters."""
