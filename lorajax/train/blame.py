@@ -91,7 +91,8 @@ def _origin(fn: Callable[..., Any], *args: Any) -> str:
         return ""
     if found is None:
         return ""
-    frames = getattr(found, "traceback_info", None)  # jaxlib's own traceback object, of the traced equation
-    frames = traceback.extract_tb(frames.as_python_traceback()) if hasattr(frames, "as_python_traceback") else []
+    traced = getattr(found, "traceback_info", None)  # jaxlib's own traceback object, of the traced equation
+    unroll = getattr(traced, "as_python_traceback", None)
+    frames = traceback.extract_tb(unroll()) if unroll else []
     lines = [f" at {f.filename}:{f.lineno} in {f.name}" for f in frames if not f.filename.startswith(_MACHINERY)]
     return str(error.get()).strip().rstrip(".") + "".join(lines[-1:])

@@ -218,9 +218,10 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` so that `path` holds either its old content or all of the new one, also after a crash."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
-        file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
