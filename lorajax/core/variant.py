@@ -51,15 +51,19 @@ class Variant(abc.ABC):
 
     leaves: ClassVar[Mapping[str, Leaf]]
     """Table keyed by the field names of the adapter NamedTuple that `init` returns."""
-    dropout: float = 0.0
+    dropout: float | jax.Array = 0.0
     """Probability of dropping an input element on the adapter's branch; the base branch sees the input undropped."""
+    reads_weight: ClassVar[bool] = False
+    """Whether `factors` needs the weight (DoRA); if not, it is handed None there."""
+    rewrites_weight: ClassVar[bool] = False
+    """Whether `init` returns another weight than it was given; the new one then replaces it in the frozen partition."""
 
     @abc.abstractmethod
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
         """Returns (adapter, w_new) for a weight `w` (in, out) float32; `w_new` is `w` itself unless the paper changes it."""
 
     def factors(self, adapter: Any, w: jax.Array) -> Factors:
-        """The update as factors, float32. `w` is the (in, out) frozen weight."""
+        """The update as factors, float32. `w` is the (in, out) frozen weight, float32; see `reads_weight`."""
         raise NotImplementedError(f"{type(self).__name__} has no low-rank factors; it defines delta(adapter, w)")
 
     def delta(self, adapter: Any, w: jax.Array) -> jax.Array:
@@ -81,13 +85,17 @@ class Variant(abc.ABC):
         """
         return 0.0
 
+    def for_lookup(self) -> Variant:
+        """The variant to use on a lookup table (embedding), where a paper starts it differently."""
+        return self
+
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError (value, limit, remedy) if the hyperparameters cannot fit an (n_in, n_out) weight."""
         rank = getattr(self, "rank", None)
         if rank is not None and not 1 <= rank <= min(n_in, n_out):
             raise ValueError(f"rank={rank} is outside 1..{min(n_in, n_out)}, the limit of a ({n_in}, {n_out}) weight: "
                              f"lower the rank by a rule for this path")
-        if not 0.0 <= self.dropout < 1.0:
+        if isinstance(self.dropout, (int, float)) and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} is not a probability in [0, 1)")
 
 

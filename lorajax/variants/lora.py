@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -33,8 +33,7 @@ class LoRA(Variant):
       - ``kaiming`` (loralib, PEFT): A uniform on +-1/sqrt(in), B = 0;
       - ``gaussian`` (PEFT): A normal with standard deviation 1/rank, B = 0 (the paper: Gaussian, of unstated width);
       - ``orthogonal`` (PEFT): A and B non-zero with A B = 0, so both get gradient at step 0; rank must be even;
-      - ``embedding`` (loralib and PEFT for lookup tables): A = 0, B standard normal. A variant does not see which op
-        reads its weight, so the rule for an embedding asks for this one.
+      - ``embedding`` (loralib and PEFT for lookup tables, and what ``kaiming`` becomes there): A = 0, B standard normal.
     freeze_a: A gets no gradient (LoRA-FA, arXiv 2308.03303): the backward pass then keeps x A in place of x. Pair it
     with `lorajax.optim.lora_fa`, which gives A no optimizer state.
     """
@@ -64,6 +63,10 @@ class LoRA(Variant):
         """a = A, b = s B."""
         a = jax.lax.stop_gradient(adapter.A) if self.freeze_a else adapter.A
         return Factors(a=a, b=adapter.B * self.scale)
+
+    def for_lookup(self) -> LoRA:
+        """On an embedding table loralib and PEFT swap the roles: A = 0 and B random."""
+        return replace(self, initializer="embedding") if self.initializer == "kaiming" else self
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError for an unknown initializer, and for an odd rank with the orthogonal one."""

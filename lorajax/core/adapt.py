@@ -1,0 +1,187 @@
+"""`adapt(sites, rules)`: pure functions that split a model's params into a frozen and a trainable partition."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorajax.core.bound import Bound, Factor, Term, dense, is_bound
+from lorajax.core.layout import aligned, leaf, matrix, over_stack
+from lorajax.core.rules import Chosen, Rule, resolve
+from lorajax.core.sites import Site, Sites, by_path
+from lorajax.core.summary import summary
+from lorajax.core.variant import Full, FullAdapter, Variant
+
+
+class Frozen(NamedTuple):
+    """What does not train. base: path -> weight as given (leaves that `Full` trains have moved to the trainable
+    partition). aux: path -> adapter whose frozen arrays are filled and whose trained ones are None."""
+
+    base: dict[str, jax.Array]
+    aux: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """The outcome of rules on a model. Holds no array; every method is pure and works under jit and on sharded arrays.
+
+    sites: the model's weights. chosen: path -> (variant, rule). dtype: of the trainable arrays.
+    """
+
+    sites: Sites
+    chosen: Mapping[str, Chosen]
+    dtype: Any = field(default=jnp.float32)
+
+    @property
+    def plan(self) -> dict[str, Variant | Full]:
+        """path -> Variant or Full, in tree order."""
+        return {path: c.choice for path, c in self.chosen.items()}
+
+    def init(self, key: jax.Array, params: Any, stats: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Frozen]:
+        """(trainable, frozen) for `params`, a tree like the one that `sites` was traced with; `params` is not changed.
+
+        trainable: path -> the variant's NamedTuple of arrays, leading dimensions the site's stack; `FullAdapter(w)` for
+        `Full`. Arrays that a variant keeps frozen are None there and stand in `frozen.aux`.
+        stats: path -> what a data-driven initialiser reads. Each site draws from `key` folded with its path.
+        """
+        base = self._checked(params)
+        trainable, aux = {}, {}
+        for path, choice in self.plan.items():
+            if isinstance(choice, Full):
+                trainable[path] = FullAdapter(jnp.array(base.pop(path), self.dtype, copy=True))
+                continue
+            site = self.sites[path]
+            adapter, w_new = _init_matrices(choice, site, fold(key, path), base[path], (stats or {}).get(path))
+            if choice.rewrites_weight:
+                base[path] = leaf(site, w_new).astype(base[path].dtype)
+            adapter = jax.tree.map(lambda x: x.astype(self.dtype), adapter)
+            trains = {name: row.trainable for name, row in choice.leaves.items()}
+            trainable[path] = adapter._replace(**{name: None for name, on in trains.items() if not on})
+            aux[path] = adapter._replace(**{name: None for name, on in trains.items() if on})
+        return trainable, Frozen(base, {path: a for path, a in aux.items() if jax.tree.leaves(a)})
+
+    def bind(self, trainable: Mapping[str, Any], frozen: Frozen, *, key: jax.Array | None = None,
+             masks: Mapping[str, jax.Array] | None = None, onto: Any = None) -> Any:
+        """The params tree with a `Bound` node for each adapted weight: what `lift(fn)` takes for `params`.
+
+        key: PRNG key that turns the adapters' dropout on (training). masks: path -> (stack..., rank) multipliers, applied
+        to every trainable array along its rank dimension. onto: a tree that another Adapt of the same model has bound;
+        its adapters and these add up.
+        """
+        leaves = dict(frozen.base) if onto is None else by_path(onto, is_leaf=is_bound)[0]
+        for path, choice in self.plan.items():
+            if isinstance(choice, Full):
+                leaves[path] = trainable[path].w.astype(self.sites.leaves[path].dtype)
+                continue
+            site, weight = self.sites[path], leaves[path]
+            w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
+            adapter = self._masked(path, choice, trainable[path], masks)
+            if path in frozen.aux:
+                adapter = type(adapter)(*[t if f is None else f for t, f in zip(adapter, frozen.aux[path], strict=True)])
+            if choice.factored:
+                leaves[path] = Bound(w, (*terms, self._term(site, choice, adapter, w, key)), path)
+            else:
+                update = over_stack(site, choice.delta)(adapter, matrix(site, w).astype(jnp.float32))
+                w = (w.astype(jnp.float32) + leaf(site, update)).astype(w.dtype)
+                leaves[path] = Bound(w, terms, path) if terms else w
+        return jax.tree.unflatten(self.sites.tree, [leaves[path] for path in self.sites.leaves])
+
+    def _masked(self, path: str, choice: Variant, adapter: Any, masks: Mapping[str, jax.Array] | None) -> Any:
+        if masks is None or path not in masks:
+            return adapter
+        mask, stack = masks[path], len(self.sites[path].stack_axes)
+
+        def apply(name: str, x: jax.Array) -> jax.Array:
+            axes = choice.leaves[name].axes
+            if x is None or "rank" not in axes:
+                return x
+            shape = (*mask.shape[:stack], *[mask.shape[-1] if a == "rank" else 1 for a in axes])
+            return x * mask.reshape(shape).astype(x.dtype)
+
+        return adapter._replace(**{name: apply(name, x) for name, x in adapter._asdict().items()})
+
+    def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, key: jax.Array | None) -> Term:
+        if choice.reads_weight:
+            factors = over_stack(site, choice.factors)(adapter, matrix(site, w).astype(jnp.float32))
+        else:
+            factors = over_stack(site, functools.partial(choice.factors, w=None))(adapter)
+        a, b, g = aligned(site, factors)
+        if key is None or (isinstance(choice.dropout, (int, float)) and choice.dropout == 0):
+            return Term(a, b, g)
+        keys = jax.random.split(fold(key, site.path), site.stack_shape) if site.stack_axes else fold(key, site.path)
+        return Term(a, b, g, Factor(keys, site.stack_axes), Factor(jnp.asarray(choice.dropout, jnp.float32), ()))
+
+    def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *, masks: Mapping[str, jax.Array] | None = None) -> Any:
+        """Plain params, each adapted weight W' in the base's dtype (summed in float32). The partitions stay as they are:
+        to unmerge, go on using `frozen.base`, which is the base bit for bit."""
+        bound = self.bind(trainable, frozen, masks=masks)
+        return jax.tree.map(lambda x: dense(x) if is_bound(x) else x, bound, is_leaf=is_bound)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Like `trainable`, with the leaf table's label (`a`, `b`, `e`, `full`, ...) for each array: what
+        `optax.multi_transform` reads."""
+        return {path: FullAdapter("full") if isinstance(choice, Full) else type(shape)(
+            *[None if x is None else choice.leaves[name].label for name, x in shape._asdict().items()])
+            for (path, choice), shape in zip(self.plan.items(), self.shapes[0].values(), strict=True)}
+
+    @functools.cached_property
+    def shapes(self) -> tuple[dict[str, Any], Frozen]:
+        """`init`'s result as `jax.ShapeDtypeStruct`s."""
+        params = jax.tree.unflatten(self.sites.tree, list(self.sites.leaves.values()))
+        trainable, frozen = jax.eval_shape(self.init, jax.random.key(0), params)
+        return {path: trainable[path] for path in self.plan}, frozen
+
+    def penalty(self, trainable: Mapping[str, Any]) -> jax.Array:
+        """The variants' own loss terms, summed over matrices; 0 if they have none. Float32 scalar."""
+        total = jnp.zeros((), jnp.float32)
+        having = {p: c for p, c in self.plan.items()
+                  if isinstance(c, Variant) and type(c).penalty is not Variant.penalty}
+        for path, choice in having.items():
+            alike = [self.sites[p].extent(self.sites[p].stack_axes) for p, c in having.items() if type(c) is type(choice)]
+            one = functools.partial(choice.penalty, share=1.0 / sum(alike))
+            total = total + jnp.sum(over_stack(self.sites[path], one)(trainable[path]))
+        return total
+
+    def _checked(self, params: Any) -> dict[str, jax.Array]:
+        """path -> leaf, after comparing paths and shapes with the traced ones."""
+        leaves, _ = by_path(params)
+        missing, extra = self.sites.leaves.keys() - leaves.keys(), leaves.keys() - self.sites.leaves.keys()
+        if missing or extra:
+            raise ValueError(f"params differ from those that sites() traced: missing {sorted(missing)[:3]}, "
+                             f"unexpected {sorted(extra)[:3]}. Call sites() on this model's params")
+        for path, want in self.sites.leaves.items():
+            if leaves[path].shape != want.shape:
+                raise ValueError(f"{path} has shape {leaves[path].shape}, but sites() traced {want.shape}")
+        return {path: leaves[path] for path in self.sites.leaves}
+
+    def __str__(self) -> str:
+        return summary(self)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_matrices(variant: Variant, site: Site, key: jax.Array, w: jax.Array, stats: Any) -> Any:
+    keys = jax.random.split(key, site.stack_shape) if site.stack_axes else key
+    m = matrix(site, w).astype(jnp.float32)
+    if stats is None:
+        return over_stack(site, lambda k, m: variant.init(k, m))(keys, m)
+    return over_stack(site, variant.init)(keys, m, stats)
+
+
+def fold(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def adapt(sites: Sites, rules: Sequence[Rule], dtype: Any = jnp.float32) -> Adapt:
+    """Decides by ordered rules what each weight gets. `rules`: (pattern, choice) pairs; see `resolve` for matching.
+
+    Raises RuleError for a rule that takes nothing or a variant that does not fit its weight.
+    """
+    return Adapt(sites, resolve(sites, list(rules)), dtype)

@@ -1,0 +1,71 @@
+"""The table that `print(adapt)` shows: which rule took which weight, ranks, parameters, and training memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorajax.core.bound import is_bound
+from lorajax.core.lift import lift
+from lorajax.core.sites import table
+from lorajax.core.variant import Full
+
+
+def parameters(tree: Any) -> int:
+    """Number of elements in a tree of arrays or shapes."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+               if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def activations(adapt: Any) -> int:
+    """Bytes that the backward pass keeps from the forward pass for the traced arguments, weights not counted.
+
+    From an abstract trace: what the compiler recomputes or never stores makes the truth smaller.
+    """
+    call, (_, inputs), _ = adapt.sites.trace
+    trainable, frozen = adapt.shapes
+
+    def forward(trainable, frozen, inputs):
+        def run(trainable):
+            weights = jax.tree.leaves(adapt.bind(trainable, frozen), is_leaf=is_bound)
+            return lift(call)(weights, inputs)
+        return jax.vjp(run, trainable)[1]
+
+    jaxpr = jax.make_jaxpr(forward)(trainable, frozen, inputs)
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    given = set(map(id, jaxpr.invars))
+    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given and hasattr(v, "aval")}
+    return size([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept.values()])
+
+
+def memory(adapt: Any) -> dict[str, int]:
+    """Bytes of a training step with Adam for the traced arguments: frozen, trainable, gradients, moments, activations."""
+    trainable, frozen = adapt.shapes
+    own = size(trainable)
+    return {"frozen": size(frozen), "trainable": own, "gradients": own, "moments": 2 * own,
+            "activations": activations(adapt)}
+
+
+def summary(adapt: Any) -> str:
+    """The table of an `Adapt`, as text."""
+    trainable, _ = adapt.shapes
+    total = parameters(list(adapt.sites.leaves.values()))
+    rows = [("path", "shape", "gets", "rank", "params", "% of base", "rule")]
+    for path, chosen in adapt.chosen.items():
+        own = parameters(trainable[path])
+        name = "Full" if isinstance(chosen.choice, Full) else type(chosen.choice).__name__
+        shape = ",".join(map(str, adapt.sites.leaves[path].shape))
+        rows.append((path, shape, name, str(getattr(chosen.choice, "rank", "")), f"{own:,}", f"{100 * own / total:.3f}",
+                     f"{chosen.rule} {chosen.pattern}"))
+    own = parameters(trainable)
+    parts = {name: f"{value / 2**20:.1f} MiB" for name, value in memory(adapt).items()}
+    return "\n".join([
+        table(rows), f"trains {own:,} of {total:,} parameters ({100 * own / total:.3f} %)",
+        "training memory with Adam, for the traced batch: " + ", ".join(f"{n} {v}" for n, v in parts.items())])
