@@ -44,18 +44,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.args = args
     c.study = "glue"
     c.seed = 0
-    # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: 0 is all.
+    # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: of each split,
+    # 0 for all. shapes: how many padded lengths, that is how many programs are compiled.
     c.data = ""
     c.examples = 0
     c.max_length = length
     c.batch = 32
     c.eval_batch = 128
-    # Model. compute_dtype: auto is bfloat16 on an accelerator and float32 on a CPU.
+    c.shapes = 4
+    # Model. dropout: of the encoder, -1 for the checkpoint's own. compute_dtype: auto is bfloat16 on an accelerator and
+    # float32 on a CPU.
     c.pooling = "mean"
+    c.dropout = 0.0 if args.task == "reviews" else 0.1
     c.head_dropout = dropout
     c.compute_dtype = "auto"
     c.scan_layers = False
-    c.remat = False
+    c.remat = "none"
     # Optimizer: AdamW. warmup: a fraction of the run. lora_plus: ratio of the learning rates of B and A.
     c.lr = lr
     c.head_lr = lr
@@ -68,7 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.accumulate = 1
     c.label_smoothing = 0.0
     # Method.
-    c.variant = {"name": "AdaLoRA", "rank": args.rank * 3 // 2, "alpha": float(alpha), "dropout": 0.0, "gamma": gamma}
+    c.variant = {"name": "adalora", "rank": -(-3 * args.rank // 2), "alpha": 1.0 * alpha, "dropout": 0.0, "orth": gamma}
     c.controller = {
         "name": "adalora",
         "target_rank": args.rank,
@@ -79,12 +83,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "beta1": 0.85,
         "beta2": 0.85,
     }
-    # Loop. eval_every and save_every: steps; 0 is once an epoch.
+    # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.
     c.eval_every = 0
     c.save_every = 0
     c.log_every = 10
     c.steps_per_call = 1
     c.probe = True
     if args.smoke:
-        c.update(examples=128, max_length=16, batch=16, eval_batch=64, epochs=1.0, log_every=1)
+        c.update(examples=128, max_length=16, shapes=1, batch=16, eval_batch=64, epochs=1.0, log_every=1)
     return c

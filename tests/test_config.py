@@ -146,8 +146,9 @@ def test_shipped_configs_load(name, arg):
 
 
 def test_the_methods_values_can_be_set_too():
-    c = config.parse(["--config=configs/adalora.py", "--config.variant.alpha=4", "--config.controller.t_final=9"]).config
-    assert (c.variant.alpha, c.controller.t_final) == (4.0, 9)
+    words = ["--config=configs/adalora.py", "--config.variant.alpha=4", "--config.controller.beta1=0.5"]
+    c = config.parse(words).config
+    assert (c.variant.alpha, c.controller.beta1) == (4.0, 0.5)
 
 
 def test_config_needs_neither_jax_nor_flax():

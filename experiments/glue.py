@@ -1,0 +1,230 @@
+"""Fine-tunes a pretrained encoder on a GLUE task or on `reviews`, with any variant.
+
+    python -m experiments.glue --config configs/adalora.py[:task=rte,model=minilm,rank=8,smoke] [--config.lr=1e-3 ...]
+                               [--workdir=runs] [--no-resume]
+
+The run's folder is <workdir>/<study>/<config and overrides>/seed=<n>; the same command again resumes it. Exit code 75:
+a signal came, the run is saved, the same command goes on. Exit code 1: the loss is not finite, or the command is wrong.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lorajax as lj
+from lorajax import build, config, data
+from lorajax.data.feed import ahead, calls
+from lorajax.io import adapter
+from lorajax.io.assets import cache_folder
+from lorajax.models import Bert
+from lorajax.train.blame import blame
+from lorajax.train.checkpoint import Checkpoints
+from lorajax.train.progress import Progress
+from lorajax.train.run import EXIT_INTERRUPTED, Run, run_folder, stop_on_signal
+from lorajax.train.step import init_state, make_eval, make_step
+
+# Keys that change no number: a run may be resumed with other values.
+FREE = ("log_every", "eval_batch", "probe")
+
+
+def main(argv: list[str]) -> None:
+    began = time.monotonic()
+    launch = config.parse(argv, workdir="runs", resume=True)
+    c = launch.config
+    compile_cache()
+
+    # Everything below is a function of the config and of these three keys.
+    head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
+    found = build.load_data(c)
+    model = build.load_model(c, found.task, head_key)
+    batches = build.batches(c, found, model.folder)
+    total = build.total_steps(c, len(batches["train"]))
+
+    # What is adapted: decided by rules on the traced model, shown before anything is computed.
+    one = batches["train"].batch(0, 0)
+    sites = lj.sites(model.net.apply, model.variables, *inputs(one))
+    adapt = lj.adapt(sites, build.rules(c, model))
+    print(adapt)
+    trainable, frozen = adapt.init(adapter_key, model.variables)
+    trained = sum(x.size for x in jax.tree.leaves(trainable))
+
+    tx = build.optimizer(c, adapt, model, total)
+    controller = build.controller(c, adapt, total)
+    loss = make_loss(model.net, found.task, c)
+    step_fn = make_step(
+        loss, adapt, tx, controller, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call
+    )
+    forward = lj.lift(model.net.apply)
+    predict = make_eval(lambda bound, batch: forward(bound, *inputs(batch)), adapt)
+
+    folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
+    prints = {"base": model.fingerprint, "data": found.fingerprint}
+    with (
+        Run(folder, config.to_dict(c), fingerprints=prints, ignore=FREE, fresh=not launch.options["resume"]) as run,
+        Checkpoints(run.checkpoints) as saved,
+        stop_on_signal() as stop,
+    ):
+        print(f"{folder}: {len(batches['train'])} steps an epoch, {total} in all, {c.batch} examples each; "
+              f"padded lengths {', '.join(map(str, batches['train'].lengths))}", flush=True)
+        for line in run.changed:
+            print(f"resumed elsewhere: {line}")
+        if run.finished:
+            print(f"finished already: {(folder / 'summary.json').read_text()}")
+            return
+        state = init_state(train_key, trainable, tx, controller)
+        best: dict[str, Any] = {"score": None, "step": 0}
+        if saved.latest() is not None:
+            state, best = saved.restore(state)
+        step = int(state.step)
+        run.rewind(step)
+
+        # The loop. A checkpoint is written after the evaluation of its step, and metrics before the checkpoint, so that
+        # a run killed anywhere goes on from its last checkpoint as if nothing had happened.
+        n, epoch = c.steps_per_call, len(batches["train"])
+        eval_every, save_every = (build.every(p, epoch, n) for p in (c.eval_every, c.save_every))
+        log_every = build.every(c.log_every, epoch, n)
+        feed = calls(batches["train"], accumulate=c.accumulate, steps_per_call=n)
+        with Progress(total, done=step) as bar:
+            for start, batch in ahead(feed, range(step, total, n)):
+                state, metrics = step_fn(state, frozen, batch)
+                step = start + n
+                if not np.all(metrics["finite"]):
+                    saved.save(start + int(np.sum(metrics["finite"])), state, best)
+                    raise SystemExit(diagnose(c, loss, adapt, state, frozen, batch, metrics, controller))
+                last = jax.tree.map(lambda x: x[-1] if n > 1 else x, metrics)
+                bar.update(n, examples=n * c.batch, loss=last["loss"])
+                if step % log_every == 0:
+                    run.log(step, {name: last[name] for name in sorted(last) if name not in ("finite", "weight")})
+                    run.log_time(step, {"examples_per_second": bar.examples_per_second})
+                improved = False
+                if step % eval_every == 0 or step == total:
+                    scores = evaluate(predict, state.trainable, frozen, found, batches)
+                    run.log(step, scores | size(state.control), prefix="eval/")
+                    score = scores[found.task.headline]
+                    bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                    improved = step >= build.settled(c, total) and (best["score"] is None or score > best["score"])
+                    best = {"score": score, "step": step} if improved else best
+                if improved or step % save_every == 0 or step == total or stop:
+                    saved.save(step, state, best, best=improved)
+                if stop:
+                    saved.wait()
+                    print(f"{stop.signal}: saved at step {step} of {total}; the same command resumes it", flush=True)
+                    raise SystemExit(EXIT_INTERRUPTED)
+
+        # The best state is what the run leaves; the comparison says what it is worth.
+        state, _ = saved.restore(state, best["step"])
+        adapter.save(folder / "adapter", adapt.plan, state.trainable, frozen.aux, base=model.fingerprint)
+        scores = evaluate(predict, state.trainable, frozen, found, batches)
+        labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
+        baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
+        if c.probe:
+            baselines["head on the frozen encoder"] = probe(model, found, batches)
+        seconds = time.monotonic() - began
+        report(c, found.task, baselines, scores, best, trained, seconds)
+        summary = {"task": found.task.name, "headline": found.task.headline, "scores": scores, **size(state.control)}
+        summary |= {"best_step": best["step"], "steps": total, "trainable_parameters": trained, "baselines": baselines}
+        summary |= {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
+        summary |= {"device": jax.devices()[0].device_kind, "seed": c.seed, "name": launch.name}
+        run.finish(summary)
+
+
+def inputs(batch: data.Batch) -> tuple[Any, Any, Any]:
+    return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+
+
+def make_loss(net: Bert, task: data.Task, c: Any) -> Any:
+    train = lj.lift(Bert(net.config, deterministic=False).apply)
+
+    def loss(bound: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = train(bound, *inputs(batch), rngs={"dropout": key})
+        if task.regression:
+            each = jnp.square(logits[:, 0] - batch["label"])
+        else:
+            target = jax.nn.one_hot(batch["label"], task.outputs)
+            each = optax.softmax_cross_entropy(logits, optax.smooth_labels(target, c.label_smoothing))
+        weight = batch["weight"]  # 0 in empty rows
+        return jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1.0), {}
+
+    return loss
+
+
+def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batches: Any) -> dict[str, float]:
+    # The headline split's metrics go by their own names, those of a further split (MNLI) by "<split>_<metric>".
+    scores: dict[str, float] = {}
+    for split in found.splits:
+        if split == "train":
+            continue
+        passed = list(batches[split].epoch())
+        outputs = np.concatenate(jax.device_get([predict(trainable, frozen, batch) for batch in passed]))
+        label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
+        prefix = "" if split == found.task.evaluation[0] else f"{split}_"
+        scores |= {prefix + k: v for k, v in data.evaluate(found.task, outputs, label, weight).items()}
+    return scores
+
+
+def size(state: Any) -> dict[str, int]:
+    # AdaLoRA: how many triplets the last masking kept.
+    return {"ranks_kept": sum(int(k.sum()) for k in state.kept.values())} if hasattr(state, "kept") else {}
+
+
+def probe(model: build.Model, found: build.Data, batches: Any) -> dict[str, float]:
+    # What the encoder knew before: a linear head on its frozen, pooled features.
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    embed = jax.jit(lambda variables, batch: model.net.apply(variables, *inputs(batch), method="embed"))
+
+    def features(split: str, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        whole = data.Batches(batches[split].tokens, batch_size, shuffle=False, lengths=batches[split].lengths)
+        passed = list(whole.epoch())
+        x = np.concatenate(jax.device_get([embed(model.variables, batch) for batch in passed]))
+        real = np.concatenate([batch["weight"] for batch in passed]) > 0
+        return x[real], np.concatenate([batch["label"] for batch in passed])[real]
+
+    split = found.task.evaluation[0]
+    x, y = features("train", batches[split].batch_size)
+    x_eval, y_eval = features(split, batches[split].batch_size)
+    head = RidgeCV(np.logspace(0, 5, 11)) if found.task.regression else LogisticRegression(C=0.1, max_iter=1000)
+    fitted = make_pipeline(StandardScaler(), head).fit(x, y)
+    outputs = fitted.predict(x_eval)
+    if not found.task.regression:
+        outputs = np.eye(found.task.outputs, dtype=np.float32)[outputs]
+    return data.evaluate(found.task, outputs.astype(np.float32), y_eval)
+
+
+def diagnose(c: Any, loss: Any, adapt: Any, state: Any, frozen: Any, batch: Any, metrics: Any, controller: Any) -> str:
+    # A step that is not finite changed nothing, so `state` is the last good one: the same gradients again, looked at.
+    if c.steps_per_call > 1:
+        batch = jax.tree.map(lambda x: x[int(np.argmin(metrics["finite"]))], batch)
+    why = blame(loss, adapt, state, frozen, batch, controller, accumulate=c.accumulate)
+    return (f"error: step {int(state.step) + 1} is not finite: {why}. The state before it is kept as a checkpoint. "
+            f"A smaller --config.lr, a longer --config.warmup or --config.compute_dtype=float32 may help")
+
+
+def report(c: Any, task: data.Task, baselines: Any, scores: Any, best: Any, trained: int, seconds: float) -> None:
+    print(f"\n{task.name}, {c.args.model}, {c.variant.name}, seed {c.seed}: {trained:,} trained parameters, "
+          f"{seconds:.0f} s on {jax.devices()[0].device_kind}")
+    for name, row in (baselines | {f"this run (best, step {best['step']})": scores}).items():
+        print(f"  {name:<28}" + "  ".join(f"{metric} {value:.4f}" for metric, value in row.items()))
+
+
+def compile_cache() -> None:
+    # Programs compiled once stay compiled for the next run: seeds, resumed runs.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_folder()) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except config.ConfigError as error:
+        raise SystemExit(f"error: {error}") from None

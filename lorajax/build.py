@@ -1,0 +1,196 @@
+"""From a config to the parts of a text classification run, a function each: data, model, rules, optimizer, controller.
+
+The functions take the config (`configs/*.py` says what every key means) and the parts they need; the experiment calls
+them one by one, so that what is built, and in which order, stays visible there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from lorajax import control, data, optim
+from lorajax.config import ConfigError, choose, nearest
+from lorajax.core.adapt import Adapt
+from lorajax.core.rules import PRESETS, Rule
+from lorajax.core.variant import Full, Variant
+from lorajax.io import assets, hf
+from lorajax.io.fingerprint import fingerprint
+from lorajax.models import Bert, BertConfig, params_from_hf
+from lorajax.variants import NAMES
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class Data(NamedTuple):
+    """task: the row of the table of tasks. splits: 'train' and the evaluation splits that exist, the headline one next.
+    fingerprint: of all of it."""
+
+    task: data.Task
+    splits: dict[str, data.Examples]
+    fingerprint: str
+
+
+class Model(NamedTuple):
+    """net, variables: the encoder with a head as a Linen module and its pretrained parameters.
+    fresh: paths of the parameters that are new (the head). folder: where tokenizer and weights are.
+    fingerprint: of the pretrained parameters, whatever the head."""
+
+    net: Bert
+    variables: dict[str, Any]
+    fresh: tuple[str, ...]
+    folder: Path
+    fingerprint: str
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The task's splits, from `config.data`, LORAJAX_DATA, the cache, the hub or (reviews) the package registry."""
+    task = choose("task", config.args.task, data.TASKS)
+    if task.name == "reviews":
+        splits = data.load_reviews(config.data or assets.resolve("reviews").path)
+    else:
+        splits = data.load_glue(task.name, config.data or None)
+    if config.examples:
+        splits = {name: _some(examples, config.examples) for name, examples in splits.items()}
+    digests = "".join(f"{name}:{examples.fingerprint()}," for name, examples in splits.items())
+    return Data(task, splits, hashlib.sha256(digests.encode()).hexdigest()[:32])
+
+
+def _some(examples: data.Examples, count: int) -> data.Examples:
+    """`count` rows, evenly spaced."""
+    rows = np.unique(np.linspace(0, len(examples.labels) - 1, count).astype(np.int64))
+    return data.Examples(tuple([column[row] for row in rows] for column in examples.texts), examples.labels[rows])
+
+
+def batches(config: ConfigDict, found: Data, folder: Path) -> dict[str, data.Batches]:
+    """Tokenised batches of every split, padded to the same `config.shapes` lengths; 'train' is shuffled by the seed."""
+    tokenizer = data.load_tokenizer(folder)
+    tokens = {name: data.tokenize(split, tokenizer, config.max_length) for name, split in found.splits.items()}
+    every = np.concatenate([t.lengths for t in tokens.values()])
+    lengths = data.bucket_lengths(every, config.shapes, config.batch)
+    evaluation = {
+        name: data.Batches(t, config.eval_batch, shuffle=False, lengths=lengths)
+        for name, t in tokens.items()
+        if name != "train"
+    }
+    return {"train": data.Batches(tokens["train"], config.batch, seed=config.seed, lengths=lengths), **evaluation}
+
+
+def load_model(config: ConfigDict, task: data.Task, key: jax.Array) -> Model:
+    """The pretrained encoder with a fresh head for `task`, drawn from `key`."""
+    folder = assets.resolve(config.args.model).path
+    checkpoint = hf.open_checkpoint(folder)
+    overrides: dict[str, Any] = {"num_labels": task.outputs, "pooling": config.pooling, "dtype": compute_dtype(config)}
+    overrides |= {"head_dropout": config.head_dropout, "scan_layers": config.scan_layers, "remat": config.remat}
+    if config.dropout >= 0:  # negative: the checkpoint's own
+        overrides |= {"hidden_dropout": config.dropout, "attention_dropout": config.dropout}
+    settings = BertConfig.from_hf(checkpoint.config, **overrides)
+    # A head that comes with the checkpoint answers another task; a pooler is used only where the pooling has one.
+    unwanted = ["classifier"] if settings.has_pooler else ["classifier", "pooler"]
+    ignore = [rf"{top}\..*" for top in unwanted if any(re.search(rf"(^|\.){top}\.", n) for n in checkpoint.tensors)]
+    loaded = params_from_hf(settings, checkpoint.tensors, key, ignore=ignore)
+    flat = traverse_util.flatten_dict(loaded.variables, sep="/")
+    pretrained = {path: leaf for path, leaf in flat.items() if path not in loaded.fresh}
+    return Model(Bert(settings), loaded.variables, loaded.fresh, folder, fingerprint(pretrained))
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """`auto` is bfloat16 on an accelerator and float32 on a CPU."""
+    if config.compute_dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return choose("compute_dtype", config.compute_dtype, DTYPES)
+
+
+def variant(config: ConfigDict) -> Variant | Full:
+    """The method with its hyperparameters, `config.variant`."""
+    fields = config.variant.to_dict()
+    cls = choose("variant", fields.pop("name"), {**NAMES, "full": Full})
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            there = ", ".join(known) or "none"
+            near = nearest(name, known)
+            raise ConfigError(f"variant {cls.__name__} has no hyperparameter {name!r}{near} It has: {there}")
+    return cls(**fields)
+
+
+def rules(config: ConfigDict, model: Model) -> list[Rule]:
+    """The head is trained in full; `targets` (a preset, 'all', or a regex on paths) get the variant."""
+    tops = {"/".join(path.split("/")[:2]) for path in model.fresh}  # the fresh head: params/classifier
+    targets = config.args.targets
+    if targets not in (*PRESETS, "all") and re.fullmatch(r"[\w-]+", targets):
+        known = [*PRESETS, "all"]
+        raise ConfigError(f"unknown targets {targets!r}{nearest(targets, known)} There are: {', '.join(known)}, "
+                          f"or a regular expression that matches whole paths, such as '.*/query/kernel'")
+    head: list[Rule] = [(f"{re.escape(top)}/.*", Full()) for top in sorted(tops)]
+    return [*head, (".*" if targets == "all" else targets, variant(config))]
+
+
+def total_steps(config: ConfigDict, per_epoch: int) -> int:
+    """Optimizer steps of the run: `config.epochs`, in whole calls of `config.steps_per_call`."""
+    return max(1, round(config.epochs * per_epoch / config.steps_per_call)) * config.steps_per_call
+
+
+def every(steps: int, per_epoch: int, steps_per_call: int) -> int:
+    """A period in steps (0: an epoch), rounded up to whole calls."""
+    return -(-(steps or per_epoch) // steps_per_call) * steps_per_call
+
+
+def optimizer(config: ConfigDict, adapt: Adapt, model: Model, total: int) -> optax.GradientTransformation:
+    """AdamW (LoRA+ if `lora_plus` is not 1) with warm-up and decay; the head learns at `head_lr`."""
+    schedule = optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
+    if config.lora_plus == 1:
+        tx = optim.adamw(schedule, config.weight_decay)
+    else:
+        tx = optim.lora_plus(schedule, config.lora_plus, labels=adapt.labels, weight_decay=config.weight_decay)
+    # AdamW's update, decay included, is proportional to its learning rate: scaling it is a learning rate of its own.
+    return optax.chain(tx, scale_paths({path: config.head_lr / config.lr for path in model.fresh}))
+
+
+def scale_paths(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of whole paths; other paths pass through."""
+
+    def update(updates: dict[str, Any], state: Any, params: Any = None) -> tuple[dict[str, Any], Any]:
+        def scaled(path: str, tree: Any) -> Any:
+            return jax.tree.map(lambda x: x * jnp.asarray(factors[path], x.dtype), tree) if path in factors else tree
+
+        return {path: scaled(path, tree) for path, tree in updates.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def stretch(config: ConfigDict, total: int) -> dict[str, int]:
+    """AdaLoRA's t_initial, t_final and delta_t for a run of `total` steps, in proportion to `controller.of_steps`."""
+    c = config.controller
+    ratio = total / c.of_steps
+    return {
+        "t_initial": round(c.t_initial * ratio),
+        "t_final": round(c.t_final * ratio),
+        "delta_t": max(1, round(c.delta_t * ratio)),
+    }
+
+
+def controller(config: ConfigDict, adapt: Adapt, total: int) -> control.Controller:
+    """What acts around the optimizer steps, `config.controller`."""
+
+    def adalora() -> control.Controller:
+        c = config.controller
+        fixed: dict[str, Any] = {"target_rank": c.target_rank, "beta1": c.beta1, "beta2": c.beta2}
+        return control.adalora(adapt, total_steps=total, **fixed, **stretch(config, total))
+
+    return choose("controller", config.controller.name, {"identity": control.identity, "adalora": adalora})()
+
+
+def settled(config: ConfigDict, total: int) -> int:
+    """The first step whose adapter has its final size: no earlier one may count as the best of the run."""
+    return total - stretch(config, total)["t_final"] if config.controller.name == "adalora" else 0
