@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorajax.control.controller import Controller
-from lorajax.train.blame import blame
 from lorajax.train.step import init_state, make_eval, make_step
 
 N_IN, RANK, N_OUT, BATCH = 4, 2, 3, 8
@@ -317,68 +316,6 @@ def test_a_nan_inside_a_call_of_many_steps_keeps_the_last_good_one():
     state, metrics = make_step(squares, Linear(), tx, steps_per_call=3)(state, frozen, batches)
     assert metrics["finite"].tolist() == [True, False, False]
     same(state, good)
-
-
-def root(bound, batch, key):
-    """Its loss is NaN where an output is negative; its gradient alone is where one is 0."""
-    return jnp.mean(jnp.sqrt(batch["x"] @ bound["w"])), {}
-
-
-def positive(scale):
-    """(trainable, frozen, batch): every output is 8 times `scale`."""
-    trainable = {"w": Pair(jnp.zeros((N_IN, RANK)), jnp.ones((RANK, N_OUT)))}
-    return trainable, {"w": scale * jnp.ones((N_IN, N_OUT))}, {"x": 2 * jnp.ones((BATCH, N_IN))}
-
-
-def blamed(loss, trainable, frozen, batch, adapt=None, tx=None, accumulate=1):
-    adapt, tx = adapt or Linear(), tx or optax.sgd(0.1)
-    state = init_state(jax.random.key(0), trainable, tx)
-    state, metrics = make_step(loss, adapt, tx, accumulate=accumulate)(state, frozen, batch)
-    assert not metrics["finite"]
-    return blame(loss, adapt, state, frozen, batch, accumulate=accumulate)
-
-
-def test_blame_names_the_array():
-    trainable, frozen, batch = positive(1.0)
-    healthy = init_state(jax.random.key(0), trainable, optax.sgd(0.1))
-    assert blame(root, Linear(), healthy, frozen, batch).cause == "update"  # nothing else is left
-    broken = {"w": trainable["w"]._replace(b=trainable["w"].b.at[0, 0].set(jnp.inf))}
-    found = blamed(root, broken, frozen, batch)
-    assert (found.cause, found.where) == ("adapter", ("w.b",))
-    assert "w.b" in str(found)
-    found = blamed(root, trainable, {"w": frozen["w"].at[0, 0].set(jnp.nan)}, batch)
-    assert (found.cause, found.where) == ("base", ("w",))
-    found = blamed(root, trainable, frozen, {"x": batch["x"].at[0, 0].set(jnp.nan)})
-    assert (found.cause, found.where) == ("batch", ("x",))
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_blame_tells_loss_from_gradient_and_finds_the_primitive(accumulate):
-    trainable, frozen, batch = positive(-1.0)
-    batch = batch if accumulate == 1 else split(batch, accumulate)
-    found = blamed(root, trainable, frozen, batch, accumulate=accumulate)
-    assert found.cause == "loss"
-    assert "sqrt" in found.origin
-    assert "test_step.py" in found.origin
-    assert found.origin.endswith("in root")
-    assert "an activation is" in str(found)
-    trainable, frozen, _ = positive(0.0)
-    found = blamed(root, trainable, frozen, batch, accumulate=accumulate)
-    assert found.cause == "gradient"
-    assert "w.a" in found.where
-
-
-def test_blame_tells_penalty_and_update():
-    trainable, frozen, batch = positive(1.0)
-
-    class Lost(Linear):
-        def penalty(self, trainable):
-            return jnp.log(-jnp.sum(trainable["w"].b))
-
-    assert blamed(root, trainable, frozen, batch, adapt=Lost()).cause == "penalty"
-    found = blamed(root, trainable, frozen, batch, tx=optax.sgd(jnp.inf))
-    assert found.cause == "update"
-    assert "optimizer" in str(found)
 
 
 def test_low_precision_adapters_keep_their_dtype():

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from lorajax.control.controller import Controller
+from lorajax.core import compat
 from lorajax.train.step import Loss, TrainState, make_gradients
-
-_PACKAGE = Path(__file__).parents[1]
-_MACHINERY = tuple(f"{folder}/" for folder in (Path(jax.__file__).parent, _PACKAGE / "core", _PACKAGE / "train"))
 
 
 class Blame(NamedTuple):
     """cause: 'adapter', 'base', 'batch', 'loss', 'penalty', 'gradient' or 'update', the first that is not finite in
     that order. where: paths of the arrays in question (leaves of the adapters as `<site>.<field>`). origin: for 'loss'
-    and 'gradient', what first made a NaN in the model, with its source line, '' if unknown. `str` is one sentence.
+    and 'gradient', the operation that made the first infinity and the first NaN, with its module and source line.
+    `str` is one sentence.
     """
 
     cause: str
@@ -83,16 +81,64 @@ def _bad(tree: Any) -> tuple[str, ...]:
 
 
 def _origin(fn: Callable[..., Any], *args: Any) -> str:
-    """The first primitive of `fn` that returns a NaN, and its line; '' where checkify cannot follow `fn`."""
-    try:
-        error, _ = jax.jit(checkify.checkify(fn, errors=checkify.nan_checks))(*args)
-        found = error.get_exception()
-    except Exception:  # a diagnosis must never replace the failure it explains
-        return ""
-    if found is None:
-        return ""
-    traced = getattr(found, "traceback_info", None)  # jaxlib's own traceback object, of the traced equation
-    unroll = getattr(traced, "as_python_traceback", None)
-    frames = traceback.extract_tb(unroll()) if unroll else []
-    lines = [f" at {f.filename}:{f.lineno} in {f.name}" for f in frames if not f.filename.startswith(_MACHINERY)]
-    return str(error.get()).strip().rstrip(".") + "".join(lines[-1:])
+    """Where the first infinity and the first NaN of `fn` arise; '' where the program cannot be followed.
+
+    A constant -inf, as in an attention mask, is no finding: only what an operation makes of finite operands is.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    origins = []
+    for test in (jnp.isinf, jnp.isnan):
+        try:
+            _run(jaxpr, jax.tree.leaves(args), test)
+        except _Found as found:
+            origins.append(str(found))
+        except Exception:  # a diagnosis must never replace the failure it explains
+            continue
+    return "; ".join(origins)
+
+
+class _Found(Exception):
+    """The equation that `_run` looks for."""
+
+
+def _run(jaxpr: Any, values: Sequence[Any], test: Callable[[Any], jax.Array], when: str = "") -> list[Any]:
+    """Evaluates a jaxpr equation by equation, into calls and scans, until `test` holds for an output and no input."""
+    inner = compat.open_jaxpr(jaxpr)
+    env = dict(zip([*inner.constvars, *inner.invars], [*compat.constants(jaxpr), *values], strict=True))
+    uses = Counter(v for eqn in inner.eqns for v in eqn.invars if not isinstance(v, compat.Literal))
+    uses.update(v for v in inner.outvars if not isinstance(v, compat.Literal))
+
+    def read(var: Any) -> Any:
+        if isinstance(var, compat.Literal):
+            return var.val
+        uses[var] -= 1
+        return env[var] if uses[var] else env.pop(var)  # frees what nobody reads again
+
+    for eqn in inner.eqns:
+        operands = [read(var) for var in eqn.invars]
+        with compat.scope(eqn, compat.name_stack()):
+            results = compat.bind(eqn, operands)
+            if any(map(partial(_holds, test), results)) and not any(map(partial(_holds, test), operands)):
+                _enter(eqn, operands, test, when)
+                what = {jnp.isnan: "NaN", jnp.isinf: "infinity"}[test]
+                raise _Found(f"first {what}: {eqn.primitive} in {compat.name_stack()}{when}, {compat.where(eqn)}")
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(var) for var in inner.outvars]
+
+
+def _enter(eqn: Any, operands: Sequence[Any], test: Callable[[Any], jax.Array], when: str) -> None:
+    """Looks inside an equation that calls a jaxpr on its own operands, or scans one over them."""
+    inside = compat.subjaxprs(eqn)
+    if eqn.primitive.name == "scan":
+        fixed, carries = compat.scan_counts(eqn)
+        consts, carry, stacked = operands[:fixed], operands[fixed : fixed + carries], operands[fixed + carries :]
+        order = range(eqn.params["length"])
+        for i in reversed(order) if eqn.params["reverse"] else order:
+            rows = [x[i] for x in stacked]
+            carry = _run(inside[0], [*consts, *carry, *rows], test, f"{when}[{i}]")[:carries]
+    elif inside and len(compat.open_jaxpr(inside[0]).invars) == len(operands):
+        _run(inside[0], operands, test, when)
+
+
+def _holds(test: Callable[[Any], jax.Array], x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating) and bool(jnp.any(test(x)))
