@@ -9,6 +9,8 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import lorajax as lj
+from lorajax.control.adalora import adalora
 from lorajax.control.controller import Controller
 from lorajax.train.step import init_state, make_eval, make_step
 
@@ -316,6 +318,38 @@ def test_a_nan_inside_a_call_of_many_steps_keeps_the_last_good_one():
     state, metrics = make_step(squares, Linear(), tx, steps_per_call=3)(state, frozen, batches)
     assert metrics["finite"].tolist() == [True, False, False]
     same(state, good)
+
+
+def test_adalora_accumulates_like_the_big_batch_on_the_real_core():
+    """Penalty, rank budget and masking go once per step, whatever the number of micro-batches."""
+
+    def model(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    def loss(bound, batch, key):
+        return squares({"w": jnp.eye(N_OUT)}, {**batch, "x": lj.lift(model, strict=True)(bound, batch["x"])}, key)
+
+    _, frozen, batch = jax.tree.map(jnp.asarray, numbers(weight=[1, 1, 1, 0, 1, 1, 0, 0]))
+    params = {"up": frozen["w"] @ jnp.ones((N_OUT, 6)) / 3, "down": jnp.ones((6, N_OUT)) / 6}
+    adapt = lj.adapt(lj.sites(model, params, batch["x"]), [("up|down", lj.AdaLoRA(rank=3))])
+    controller = adalora(adapt, total_steps=6, target_rank=1.5, t_final=1)
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    tx = optax.sgd(0.3)
+    whole = parts = init_state(jax.random.key(1), trainable, tx, controller)
+    parts = jax.tree.map(jnp.copy, parts)
+    big = make_step(loss, adapt, tx, controller, clip=None)
+    small = make_step(loss, adapt, tx, controller, clip=None, accumulate=4)
+    for t in range(6):
+        penalty = float(adapt.penalty(whole.trainable))
+        whole, want = big(whole, frozen, batch)
+        parts, got = small(parts, frozen, split(batch, 4))
+        assert penalty > 0
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(got["penalty"], penalty, rtol=1e-6)
+        jax.tree.map(np.testing.assert_array_equal, parts.control.kept, whole.control.kept)
+        assert parts.control.step == t + 1
+    assert sum(int(kept.sum()) for kept in whole.control.kept.values()) == 3  # 1.5 of 3 ranks, two matrices
 
 
 def test_low_precision_adapters_keep_their_dtype():
