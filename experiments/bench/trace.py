@@ -2,8 +2,9 @@
 
     python -m experiments.bench.trace [--repeats 7] [--json FILE]
 
-Toy widths, so that tracing is all there is. `jax.clear_caches()` before each measurement; the two take turns, so that
-a busy machine slows both; medians. The time says nothing about the speed of a step: see experiments.bench.flops.
+Toy widths, so that tracing is all there is. CPU seconds of the tracing thread, which on an idle machine are those of the
+clock; `jax.clear_caches()` before each measurement; the two take turns, so that a busy machine slows both; medians. The
+time says nothing about the speed of a step: see experiments.bench.flops.
 """
 
 import argparse
@@ -51,9 +52,9 @@ def functions(lowered: Any) -> int:
 def seconds(run: Callable[[], Any]) -> float:
     jax.clear_caches()
     gc.collect()
-    start = time.perf_counter()
+    start = time.thread_time()
     run()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def measure(style: Style, layers: int, limit: float, repeats: int) -> dict[str, Any]:
