@@ -39,7 +39,9 @@ def test_delta_ties_the_scale_to_the_initial_rank() -> None:
     a, e, b = rng.normal(size=(12, 3)), rng.normal(size=3), rng.normal(size=(3, 8))
     adapter = AdaLoRAAdapter(jnp.float32(a), jnp.float32(e), jnp.float32(b))
     for init_rank, s in ((None, 6 / 3.00001), (12, 6 / 12.00001)):
-        delta = AdaLoRA(rank=3, alpha=6.0, init_rank=init_rank).delta(adapter, jnp.zeros((12, 8)))
+        variant = AdaLoRA(rank=3, alpha=6.0, init_rank=init_rank)
+        assert variant.scale == s
+        delta = variant.delta(adapter, jnp.zeros((12, 8)))
         np.testing.assert_allclose(delta, s * a @ np.diag(e) @ b, rtol=1e-5, atol=1e-5)
 
 

@@ -87,6 +87,11 @@ def test_embedding_reverses_the_roles() -> None:
     np.testing.assert_allclose(np.std(b), 1.0, rtol=0.05)  # 2048 draws: standard error 1.6 %
 
 
+def test_lookup_tables_start_reversed() -> None:
+    assert LoRA(rank=6).for_lookup() == LoRA(rank=6, initializer="embedding")
+    assert LoRA(rank=6, initializer="orthogonal").for_lookup() == LoRA(rank=6, initializer="orthogonal")
+
+
 def test_starts_differ_by_key_only() -> None:
     same = jax.tree.map(np.array_equal, start("orthogonal", seed=3), start("orthogonal", seed=3))
     other = jax.tree.map(np.array_equal, start("orthogonal", seed=3), start("orthogonal", seed=4))

@@ -69,8 +69,8 @@ class AdaLoRA(Variant):
         share: 1 / number of matrices; each brings two of the norms to the mean.
         """
         with jax.default_matmul_precision("highest"):
-            grams = adapter.A.T @ adapter.A, adapter.B @ adapter.B.T
-        return self.orth * (0.5 * share) * sum(_distance_to_identity(gram) for gram in grams)
+            a, b = _distance_to_identity(adapter.A.T @ adapter.A), _distance_to_identity(adapter.B @ adapter.B.T)
+        return self.orth * (0.5 * share) * (a + b)
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError when `init_rank` is below `rank`: pruning only lowers ranks."""

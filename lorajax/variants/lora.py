@@ -33,7 +33,7 @@ class LoRA(Variant):
       - ``kaiming`` (loralib, PEFT): A uniform on +-1/sqrt(in), B = 0;
       - ``gaussian`` (PEFT): A normal with standard deviation 1/rank, B = 0 (the paper: Gaussian, of unstated width);
       - ``orthogonal`` (PEFT): A and B non-zero with A B = 0, so both get gradient at step 0; rank must be even;
-      - ``embedding`` (loralib and PEFT for lookup tables, and what ``kaiming`` becomes there): A = 0, B standard normal.
+      - ``embedding`` (loralib, PEFT): A = 0, B standard normal; what ``kaiming`` becomes on a lookup table.
     freeze_a: A gets no gradient (LoRA-FA, arXiv 2308.03303): the backward pass then keeps x A in place of x. Pair it
     with `lorajax.optim.lora_fa`, which gives A no optimizer state.
     """
@@ -57,7 +57,8 @@ class LoRA(Variant):
 
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[LoRAAdapter, jax.Array]:
         """Returns (A, B) by `initializer`, and `w` itself."""
-        return INITIALIZERS[self.initializer](key, *w.shape, self.rank), w
+        n_in, n_out = w.shape
+        return INITIALIZERS[self.initializer](key, n_in, n_out, self.rank), w
 
     def factors(self, adapter: LoRAAdapter, w: jax.Array) -> Factors:
         """a = A, b = s B."""

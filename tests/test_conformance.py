@@ -1,0 +1,242 @@
+"""What holds of every variant, driven by the table in conformance.py."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conformance import ROWS, Row, perturbed
+from flax import linen as nn
+
+import lorajax as lj
+from lorajax import variants
+from lorajax.core.variant import Variant
+from lorajax.variants import NAMES
+
+pytestmark = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes() -> Any:
+    """optax's bias correction raises a float to an int32 count, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def noise(seed: int) -> Callable[[tuple[int, ...]], jax.Array]:
+    rng = np.random.default_rng(seed)
+    return lambda shape: jnp.float32(rng.normal(size=shape))
+
+
+def weight(shape: tuple[int, int] = (12, 8)) -> jax.Array:
+    return noise(7)(shape) / np.sqrt(shape[0])
+
+
+# The class
+
+
+def test_every_public_variant_has_a_row(row: Row) -> None:
+    named = {r.name for r in ROWS.values()}
+    assert named == set(NAMES), f"rows without a name or names without a row: {named ^ set(NAMES)}"
+    public = {getattr(variants, name) for name in variants.__all__ if name != "NAMES"}
+    assert public == set(NAMES.values())
+    assert type(row.variant) is NAMES[row.name]
+
+
+def test_is_a_frozen_dataclass_with_defaults(row: Row) -> None:
+    cls = type(row.variant)
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert cls.__subclasses__() == []
+    assert cls() == cls()
+    assert hash(row.variant) == hash(dataclasses.replace(row.variant))
+
+
+def test_docstring_states_paper_and_equation(row: Row) -> None:
+    doc = type(row.variant).__doc__ or ""
+    assert f"arXiv {row.paper}" in doc
+    assert re.search(r"equations? \d", doc)
+    missing = [f.name for f in dataclasses.fields(row.variant) if not re.search(rf"\b{f.name}\b", doc)]
+    assert not missing, f"fields without a word in the docstring: {missing}"
+
+
+# One matrix
+
+
+def test_leaf_table_names_the_real_shapes(row: Row) -> None:
+    adapter, w = jax.eval_shape(row.variant.init, jax.random.key(0), jax.ShapeDtypeStruct((12, 8), jnp.float32))
+    assert {k: v.shape for k, v in adapter._asdict().items()} == row.shapes
+    assert {v.dtype for v in adapter} == {jnp.dtype("float32")}
+    assert w.shape == (12, 8)
+    assert tuple(row.variant.leaves) == adapter._fields
+    sizes = {"in": 12, "out": 8, "rank": getattr(row.variant, "rank", None)}
+    for name, leaf in row.variant.leaves.items():
+        assert len(leaf.axes) == len(row.shapes[name])
+        named = [(sizes[axis], size) for axis, size in zip(leaf.axes, row.shapes[name], strict=True) if axis in sizes]
+        assert all(want == have for want, have in named), name
+
+
+def test_start(row: Row) -> None:
+    adapter, w = row.variant.init(jax.random.key(0), weight())
+    delta = np.abs(w + row.variant.delta(adapter, w) - weight()).max()
+    assert (delta < 1e-6) == row.identity
+    again, _ = row.variant.init(jax.random.key(0), weight())
+    other, _ = row.variant.init(jax.random.key(1), weight())
+    assert jax.tree.all(jax.tree.map(np.array_equal, adapter, again))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, adapter, other))
+
+
+def test_factors_and_delta_agree(row: Row) -> None:
+    adapter = perturbed(row.variant.init(jax.random.key(0), weight())[0], noise(1))
+    delta = row.variant.delta(adapter, weight())
+    assert delta.shape == (12, 8)
+    assert np.abs(delta).max() > 0.01
+    if row.variant.factored:
+        a, b, g, g_in = (None if x is None else np.float64(x) for x in row.variant.factors(adapter, weight()))
+        new = np.float64(weight()) + (0 if a is None else a @ b)
+        new = new * (1 if g is None else g[None, :]) * (1 if g_in is None else g_in[:, None])
+        np.testing.assert_allclose(np.float64(weight()) + delta, new, atol=1e-5)
+
+
+def test_penalty(row: Row) -> None:
+    adapter = perturbed(row.variant.init(jax.random.key(0), weight())[0], noise(1))
+    assert (row.variant.penalty(adapter, 1.0) > 0) == row.penalised
+    np.testing.assert_allclose(row.variant.penalty(adapter, 0.25), 0.25 * row.variant.penalty(adapter, 1.0), rtol=1e-6)
+    if not row.penalised:
+        assert type(row.variant).penalty is Variant.penalty
+
+
+def test_gradient_is_finite_at_the_start(row: Row) -> None:
+    adapter, w = row.variant.init(jax.random.key(0), weight())
+    grads = jax.grad(lambda ad: jnp.sum(jnp.sin(w + row.variant.delta(ad, w))) + row.variant.penalty(ad, 1.0))(adapter)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert any(g.any() for g in grads)
+
+
+# In a model
+
+
+class Net(nn.Module):
+    """Three equal layers, scanned or in a loop."""
+
+    scan: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+        if self.scan:
+            block = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+            return block(self.dtype, name="layers")(x, None)[0]
+        for i in range(LAYERS):
+            x, _ = Block(self.dtype, name=f"layer_{i}")(x, None)
+        return x
+
+
+class Block(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        y = nn.gelu(nn.Dense(12, dtype=self.dtype, name="up")(x))
+        return x + nn.Dense(8, dtype=self.dtype, name="down")(y), None
+
+
+def model(row: Row, scan: bool = False, dtype: Any = jnp.float32, seed: int = 0) -> tuple[Any, ...]:
+    """(apply, adapt, trainable with noise everywhere, frozen, params, x)"""
+    net, x = Net(scan, dtype), noise(3)((8, 8))
+    params = net.init(jax.random.key(5), x)
+    adapt = lj.adapt(lj.sites(net.apply, params, x), [(".*kernel", row.variant)])
+    trainable, frozen = adapt.init(jax.random.key(seed), params)
+    draw = noise(seed + 10)
+    loud = {path: perturbed(adapter, draw) for path, adapter in sorted(trainable.items())}
+    return net.apply, adapt, loud, frozen, params, x
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_lifted_equals_merged(row: Row, scan: bool) -> None:
+    apply, adapt, trainable, frozen, params, x = model(row, scan)
+
+    @jax.jit
+    def lifted(tr: Any) -> jax.Array:
+        return lj.lift(apply, strict=row.variant.factored)(adapt.bind(tr, frozen), x)
+
+    if not row.merges:
+        with pytest.raises(ValueError, match="merge"):
+            adapt.merge(trainable, frozen)
+        return
+    merged = jax.jit(lambda tr: apply(adapt.merge(tr, frozen), x))
+    np.testing.assert_allclose(lifted(trainable), merged(trainable), rtol=1e-5, atol=1e-5)
+    assert np.abs(lifted(trainable) - apply(params, x)).max() > 0.01
+    ours, theirs = (jax.jit(jax.grad(lambda tr, f=f: jnp.sum(jnp.sin(f(tr)))))(trainable) for f in (lifted, merged))
+    for path in trainable:
+        for name, got, want in zip(trainable[path]._fields, ours[path], theirs[path], strict=True):
+            scale = np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * scale + 1e-7, err_msg=f"{path} {name}")
+
+
+def test_start_leaves_the_model_alone(row: Row) -> None:
+    apply, adapt, _, _, params, x = model(row)
+    start = adapt.init(jax.random.key(0), params)
+    out = jax.jit(lambda tr, frozen: lj.lift(apply)(adapt.bind(tr, frozen), x))(*start)
+    change = np.abs(out - apply(params, x)).max()
+    assert (change < 1e-5) == row.identity
+
+
+def test_stack_of_three_is_a_loop_of_three(row: Row) -> None:
+    apply, adapt, trainable, frozen, _, x = model(row, scan=True)
+    loop, loop_adapt, _, loop_frozen, _, _ = model(row, scan=False)
+    part = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
+    parts = {f"params/layer_{i}/{name}/kernel": part(trainable[f"params/layers/{name}/kernel"], i)
+             for i in range(LAYERS) for name in ("up", "down")}
+    base = {f"params/layer_{i}/{path.removeprefix('params/layers/')}": leaf[i]
+            for path, leaf in frozen.base.items() for i in range(LAYERS)}
+    assert base.keys() == loop_frozen.base.keys()
+    got = jax.jit(lambda tr: lj.lift(apply)(adapt.bind(tr, frozen), x))(trainable)
+    want = jax.jit(lambda tr: lj.lift(loop)(loop_adapt.bind(tr, loop_frozen._replace(base=base)), x))(parts)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(adapt.penalty(trainable), loop_adapt.penalty(parts), rtol=1e-5)
+
+
+def test_bfloat16_compute_over_float32_adapters(row: Row) -> None:
+    apply, adapt, trainable, frozen, _, x = model(row, dtype=jnp.bfloat16)
+
+    def run(tr: Any, apply: Any = apply) -> tuple[jax.Array, jax.Array]:
+        out = lj.lift(apply)(adapt.bind(tr, frozen), x)
+        return jnp.mean(out.astype(jnp.float32)), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(trainable)
+    exact = jax.jit(run, static_argnums=1)(trainable, model(row)[0])[1]
+    assert out.dtype == jnp.bfloat16
+    # bfloat16 has 8 bits: three layers of two products each err by a few times 2^-8 of the activations' size
+    np.testing.assert_allclose(np.float32(out), exact, atol=0.03 * float(jnp.abs(exact).max()))
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_trains_on_eight_examples_in_one_compile(row: Row) -> None:
+    apply, adapt, _, _, params, x = model(row)
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    target = apply(params, x) + noise(9)((8, 8))
+    tx = optax.adam(row.lr)
+    traces = []
+
+    @jax.jit
+    def step(trainable: Any, state: Any) -> tuple[Any, Any, jax.Array]:
+        traces.append(1)
+        fit = lambda tr: jnp.mean(jnp.square(lj.lift(apply)(adapt.bind(tr, frozen), x) - target))  # noqa: E731
+        loss, grads = jax.value_and_grad(lambda tr: fit(tr) + adapt.penalty(tr), has_aux=False)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, loss
+
+    state, losses = tx.init(trainable), []
+    for _ in range(150):
+        trainable, state, loss = step(trainable, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(traces) == 1
