@@ -124,7 +124,7 @@ def resolve(
     text = os.fspath(name)
     pinned = PINNED.get(text)
     given = Path(os.fspath(path) if path is not None else text).expanduser()
-    if given.exists() and (path is not None or pinned is None):
+    if text and given.exists() and (path is not None or pinned is None):
         return Asset(given, "path", ())
     if path is not None or given.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text:
         raise FileNotFoundError(f"no file or folder {os.fspath(path or text)!r} (absolute: {str(given.absolute())!r})")

@@ -49,7 +49,12 @@ def _sample(leaf: Any) -> bytes:
     else:
         flat = [((k * _GOLDEN) % 2**64 * size) >> 64 for k in range(SAMPLES)]
         index = tuple(axis.astype(np.int32) for axis in np.unravel_index(flat, leaf.shape))
-        elements = np.asarray(leaf[index])
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):  # also on an explicit-sharding mesh, and on several hosts
+            everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+            elements = np.asarray(leaf.at[index].get(out_sharding=everywhere))
+        else:
+            elements = np.asarray(leaf[index])
     if elements.dtype.byteorder == ">" or (elements.dtype.byteorder == "=" and sys.byteorder == "big"):
         elements = elements.byteswap()
     return elements.tobytes()

@@ -42,6 +42,9 @@ class Tensors(Mapping[str, np.ndarray]):
         with safe_open(self._where[name], framework="np") as file:
             return file.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
