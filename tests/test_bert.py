@@ -140,6 +140,7 @@ def test_padding_changes_nothing(name, pooling, scan_layers):
         rubbish = jnp.where(mask != 0, ids, 7)
         np.testing.assert_allclose(run(config, variables, rubbish, mask), before, atol=1e-5)
         assert float(jnp.abs(run(config, variables, rubbish) - before).max()) > 1e-2  # the mask is what does it
+        np.testing.assert_array_equal(run(config, variables, ids, mask != 0), before)  # a mask may be boolean
     assert bool(jnp.isfinite(run(config, variables, ids, jnp.zeros_like(mask))).all())  # a row of an unfilled batch
 
 

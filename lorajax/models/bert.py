@@ -209,7 +209,7 @@ class Bert(nn.Module):
         limit = c.max_length if positions is None else c.max_positions
         if input_ids.shape[1] > limit:
             raise ValueError(f"sequence of {input_ids.shape[1]} tokens; this model has {limit} positions: truncate")
-        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
+        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
         if positions is None:
@@ -235,7 +235,7 @@ class Bert(nn.Module):
         x = self.encode(input_ids, attention_mask, token_type_ids, positions).astype(jnp.float32)
         if self.config.pooling == "first":
             return x[:, 0]
-        mask = jnp.ones(x.shape[:2], bool) if attention_mask is None else attention_mask != 0
+        mask = jnp.ones(x.shape[:2], bool) if attention_mask is None else attention_mask.astype(bool)
         real = mask.astype(jnp.float32)[:, :, None]
         return (x * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
 
