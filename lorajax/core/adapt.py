@@ -43,8 +43,9 @@ class Adapt:
         """path -> Variant or Full, in tree order."""
         return {path: c.choice for path, c in self.chosen.items()}
 
-    def init(self, key: jax.Array, params: Any, stats: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Frozen]:
-        """(trainable, frozen) for `params`, a tree like the one that `sites` was traced with; `params` is not changed.
+    def init(self, key: jax.Array, params: Any,
+             stats: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Frozen]:
+        """(trainable, frozen) for `params`, a tree like the one that `sites` traced; `params` is not changed.
 
         trainable: path -> the variant's NamedTuple of arrays, leading dimensions the site's stack; `FullAdapter(w)` for
         `Full`. Arrays that a variant keeps frozen are None there and stand in `frozen.aux`.
@@ -70,11 +71,11 @@ class Adapt:
              masks: Mapping[str, jax.Array] | None = None, onto: Any = None) -> Any:
         """The params tree with a `Bound` node for each adapted weight: what `lift(fn)` takes for `params`.
 
-        key: PRNG key that turns the adapters' dropout on (training). masks: path -> (stack..., rank) multipliers, applied
-        to every trainable array along its rank dimension. onto: a tree that another Adapt of the same model has bound;
-        its adapters and these add up.
+        key: PRNG key that turns the adapters' dropout on (training). masks: path -> (stack..., rank) multipliers,
+        applied to every trainable array along its rank dimension. onto: a tree that another Adapt of the same model has
+        bound; its adapters and these add up.
         """
-        leaves = dict(frozen.base) if onto is None else by_path(onto, is_leaf=is_bound)[0]
+        leaves: dict[str, Any] = dict(frozen.base) if onto is None else by_path(onto, is_leaf=is_bound)[0]
         for path, choice in self.plan.items():
             if isinstance(choice, Full):
                 leaves[path] = trainable[path].w.astype(self.sites.leaves[path].dtype)
@@ -83,7 +84,8 @@ class Adapt:
             w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
             adapter = self._masked(path, choice, trainable[path], masks)
             if path in frozen.aux:
-                adapter = type(adapter)(*[t if f is None else f for t, f in zip(adapter, frozen.aux[path], strict=True)])
+                halves = zip(adapter, frozen.aux[path], strict=True)
+                adapter = type(adapter)(*[train if fixed is None else fixed for train, fixed in halves])
             if choice.factored:
                 leaves[path] = Bound(w, (*terms, self._term(site, choice, adapter, w, key)), path)
             else:
@@ -110,16 +112,18 @@ class Adapt:
         if choice.reads_weight:
             factors = over_stack(site, choice.factors)(adapter, matrix(site, w).astype(jnp.float32))
         else:
-            factors = over_stack(site, functools.partial(choice.factors, w=None))(adapter)
+            factors = over_stack(site, lambda adapter: choice.factors(adapter, None))(adapter)
         a, b, g = aligned(site, factors)
         if key is None or (isinstance(choice.dropout, (int, float)) and choice.dropout == 0):
             return Term(a, b, g)
-        keys = jax.random.split(fold(key, site.path), site.stack_shape) if site.stack_axes else fold(key, site.path)
+        key = fold(key, site.path)
+        keys = jax.random.split(key, site.stack_shape) if site.stack_axes else key
         return Term(a, b, g, Factor(keys, site.stack_axes), Factor(jnp.asarray(choice.dropout, jnp.float32), ()))
 
-    def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *, masks: Mapping[str, jax.Array] | None = None) -> Any:
-        """Plain params, each adapted weight W' in the base's dtype (summed in float32). The partitions stay as they are:
-        to unmerge, go on using `frozen.base`, which is the base bit for bit."""
+    def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *,
+              masks: Mapping[str, jax.Array] | None = None) -> Any:
+        """Plain params, each adapted weight W' in the base's dtype (summed in float32). The partitions stay as they
+        are: to unmerge, go on using `frozen.base`, which is the base bit for bit."""
         bound = self.bind(trainable, frozen, masks=masks)
         return jax.tree.map(lambda x: dense(x) if is_bound(x) else x, bound, is_leaf=is_bound)
 
@@ -127,9 +131,9 @@ class Adapt:
     def labels(self) -> dict[str, Any]:
         """Like `trainable`, with the leaf table's label (`a`, `b`, `e`, `full`, ...) for each array: what
         `optax.multi_transform` reads."""
-        return {path: FullAdapter("full") if isinstance(choice, Full) else type(shape)(
-            *[None if x is None else choice.leaves[name].label for name, x in shape._asdict().items()])
-            for (path, choice), shape in zip(self.plan.items(), self.shapes[0].values(), strict=True)}
+        return {path: type(shape)(*[x if x is None else self.plan[path].leaves[name].label
+                                    for name, x in shape._asdict().items()])
+                for path, shape in self.shapes[0].items()}
 
     @functools.cached_property
     def shapes(self) -> tuple[dict[str, Any], Frozen]:
@@ -144,8 +148,8 @@ class Adapt:
         having = {p: c for p, c in self.plan.items()
                   if isinstance(c, Variant) and type(c).penalty is not Variant.penalty}
         for path, choice in having.items():
-            alike = [self.sites[p].extent(self.sites[p].stack_axes) for p, c in having.items() if type(c) is type(choice)]
-            one = functools.partial(choice.penalty, share=1.0 / sum(alike))
+            alike = [self.sites[p] for p, c in having.items() if type(c) is type(choice)]
+            one = functools.partial(choice.penalty, share=1.0 / sum(site.extent(site.stack_axes) for site in alike))
             total = total + jnp.sum(over_stack(self.sites[path], one)(trainable[path]))
         return total
 

@@ -87,7 +87,7 @@ def _trailing(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 
 
 def shardings_given(eqn: Any) -> bool:
-    """Whether a jit equation carries shardings or donation of its own, so that it must not be re-jitted without them."""
+    """Whether a jit equation has shardings or donation of its own, which re-jitting its body would lose."""
     given = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
     return any(eqn.params["donated_invars"]) or any(type(s).__name__ != "UnspecifiedValue" for s in given)
 

@@ -7,7 +7,6 @@ dimensions, then with the other one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from lorajax.core.structure import Decline
 
 
 class Labelled(NamedTuple):
-    """An array with a label per dimension: the weight's dimensions 0, 1, ..., RANK, and x's free ones FREE, FREE + 1."""
+    """An array with a label per dimension: the weight's dimensions 0, 1, ..., RANK; x's free ones FREE, FREE + 1."""
 
     array: jax.Array
     labels: tuple[int, ...]
@@ -35,8 +34,8 @@ def meet(left: Labelled, right: Labelled, keep: set[int], mesh: Any, spec: dict[
                    for t, o in ((left, right), (right, left)))
     shared = [x for x in left.labels if x in right.labels]
     batch, gone = [x for x in shared if x in keep], [x for x in shared if x not in keep]
-    numbers = tuple((tuple(left.labels.index(x) for x in xs), tuple(right.labels.index(x) for x in xs))
-                    for xs in (gone, batch))
+    numbers = (([left.labels.index(x) for x in gone], [right.labels.index(x) for x in gone]),
+               ([left.labels.index(x) for x in batch], [right.labels.index(x) for x in batch]))
     labels = (*batch, *[x for x in left.labels if x not in shared], *[x for x in right.labels if x not in shared])
     if mesh is not None:
         how["out_sharding"] = compat.named(mesh, [spec.get(x) for x in labels])
@@ -104,21 +103,21 @@ def dot_general(eqn, left, right) -> jax.Array:
         if term in redo:  # with dropout, (g - 1) acts on the dropped input: a second base product
             y = y + scale(base(xt), term.g.spread(out) - 1)
         if term.a is not None and term.b is not None:
-            y = y + low_rank(term, xt, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
+            y = y + low_rank(term.a, term.b, xt, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
     return y
 
 
 def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int, ...]):
     """(x with in-scales applied, product of out-scales shaped like the result or None, terms that need a second base
     product because their scale acts on dropped input)."""
-    scaling = [t for t in node.terms if t.g is not None]
-    redo = [t for t in scaling if t.key is not None]
-    once = [t.g for t in scaling if t.key is None]
+    scaling = [(t, t.g) for t in node.terms if t.g is not None]
+    redo = [t for t, _ in scaling if t.key is not None]
+    once = [g for t, g in scaling if t.key is None]
     inner = [g for g in once if contracted.issuperset(g.dims)]
     outer = [g for g in once if not contracted.intersection(g.dims)]
     if len(inner) + len(outer) != len(once) or (inner and len(scaling) > 1):
         raise Decline("scales along both sides of one product")
-    if any(contracted.intersection(t.g.dims) for t in redo):
+    if any(contracted.intersection(g.dims) for t, g in scaling if t.key is not None):
         raise Decline("a dropped scale along the contracted side")
     if inner:
         x = Labelled(scale(x.array, inner[0].spread(x.labels)), x.labels)
@@ -127,18 +126,18 @@ def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int
     return x, total, redo
 
 
-def low_rank(term: Term, x: Labelled, out, contracted: set[int], node_left: bool, mesh, y, how) -> jax.Array:
+def low_rank(a: Factor, b: Factor, x: Labelled, out, contracted: set[int], node_left: bool, mesh, y, how) -> jax.Array:
     """(x a) b in the dimensions `out`, whichever factor spans the contracted dimensions first."""
-    first, second = sorted((term.a, term.b), key=lambda f: -_spanned(f, contracted))
-    first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in (first, second))
+    factors = sorted((a, b), key=lambda f: -_spanned(f, contracted))
+    first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in factors)
     spec = _specs(mesh, x, first, second)
-    def order(left: Labelled, right: Labelled):
-        return (right, left) if node_left else (left, right)
     keep = {*out, *second.labels}
-    hidden = meet(*order(x, first), keep, mesh, spec, precision=how["precision"])
+    pair = (first, x) if node_left else (x, first)
+    hidden = meet(*pair, keep, mesh, spec, precision=how["precision"])
     if mesh is not None:
         spec = dict(zip(out, compat.place(y), strict=True))
-    update = meet(*order(hidden, second), set(out), mesh, spec, **how)
+    pair = (second, hidden) if node_left else (hidden, second)
+    update = meet(*pair, set(out), mesh, spec, **how)
     array = Factor(*update).spread(out) if update.labels != tuple(out) else update.array
     return array if array.shape == y.shape else jnp.broadcast_to(array, y.shape)
 
@@ -169,14 +168,13 @@ def conv(eqn, x, node) -> jax.Array:
     if eqn.params["batch_group_count"] != 1:
         raise Decline("batch_group_count")
     out_dim, in_dim, *window = numbers.rhs_spec
-    batch, channel, *space = numbers.out_spec
+    channel = numbers.out_spec[1]
     reads = {in_dim, *window}
+    if any(t.g is not None and (t.key is not None or reads.intersection(t.g.dims)) for t in node.terms):
+        raise Decline("a scale on a convolution with dropout, or along its window")
     y = compat.bind(eqn, [x, node.w])[0]
     result: tuple[int, ...] = tuple(out_dim if i == channel else FREE + i for i in range(jnp.ndim(x)))
-    labels = tuple(in_dim if i == numbers.lhs_spec[1] and groups == 1 else FREE + i for i in range(jnp.ndim(x)))
-    x, scales, redo = _split_scales(node, Labelled(x, labels), {in_dim} if groups == 1 else set(), result)
-    if redo or any(t.g is not None and reads.intersection(t.g.dims) for t in node.terms):
-        raise Decline("a scale on a convolution with dropout, or along its window")
+    x, scales, _ = _split_scales(node, Labelled(x, tuple(FREE + i for i in range(jnp.ndim(x)))), reads, result)
     if scales is not None:
         y = scale(y, scales)
     how = {"precision": eqn.params["precision"]}

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorajax.core import compat, contract, structure
-from lorajax.core.bound import RANK, Bound, dense, is_bound
+from lorajax.core.bound import RANK, dense, is_bound
 from lorajax.core.structure import Decline
 
 Report = Callable[[str, str, str, str], None]
@@ -72,8 +72,8 @@ class Interpreter:
             return value
         name, line = (eqn.primitive.name, compat.where(eqn)) if eqn else ("return", "the end of the function")
         if any(term.key is not None for term in value.terms):
-            raise ValueError(f"{value.path}: its adapter has dropout, but `{name}` at {line} "
-                             f"needs the merged weight ({why}), which no input dropout fits: set dropout=0 for this path")
+            raise ValueError(f"{value.path}: its adapter has dropout, but `{name}` at {line} needs the merged weight "
+                             f"({why}), which no input dropout fits: set dropout=0 for this path")
         self.report(str(value.path), name, line, why)
         return dense(value)
 
@@ -133,12 +133,15 @@ class _Changed(Exception):
 def _handed_on(before: Sequence[Any], after: list[Any], merge: Callable[[Any], Any]) -> list[Any]:
     """Carry results that match the carry: bound where it was bound, dense elsewhere."""
     for slot, (old, new) in enumerate(zip(before, after, strict=True)):
-        if is_bound(old) and (not is_bound(new) or jax.tree.structure(old) != jax.tree.structure(new)
-                              or [jnp.shape(x) for x in jax.tree.leaves(old)] != [jnp.shape(x) for x in jax.tree.leaves(new)]):
+        if is_bound(old) and _form(old) != _form(new):
             raise _Changed(slot)
         if not is_bound(old):
             after[slot] = merge(new)
     return after
+
+
+def _form(value: Any) -> Any:
+    return jax.tree.structure(value), [jnp.shape(x) for x in jax.tree.leaves(value)]
 
 
 def _scan(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
@@ -232,7 +235,7 @@ def _shard_map(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[A
                                                  f.dims))
 
     def body(*args):
-        return [self.merge(v, eqn, "a shard_map returns it") for v in self.run(p["jaxpr"], compat.constants(p["jaxpr"]), args)]
+        return [self.merge(v, eqn, "a shard_map returns it") for v in self.closed(p["jaxpr"], args)]
 
     return jax.shard_map(body, mesh=p["mesh"], in_specs=tuple(map(spec, values, p["in_specs"])),
                          out_specs=list(p["out_specs"]), check_vma=p["check_vma"], axis_names=p["manual_axes"])(*values)

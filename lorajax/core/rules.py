@@ -38,8 +38,8 @@ class Chosen(NamedTuple):
 def resolve(sites: Sites, rules: Sequence[Rule]) -> dict[str, Chosen]:
     """path -> Chosen for every leaf that a rule adapts, in tree order.
 
-    A pattern is a preset's name or a regex that must match the whole path. The first rule that matches wins; a variant's
-    rule passes over leaves that are no site (biases, norms), which only `Full()` and `None` take.
+    A pattern is a preset's name or a regex that must match the whole path. The first rule that matches wins; a
+    variant's rule passes over leaves that are no site (biases, norms), which only `Full()` and `None` take.
     Raises RuleError naming the rule, what is there, the nearest, and the way out.
     """
     for i, rule in enumerate(rules):
@@ -106,12 +106,12 @@ def _unused(i: int, pattern: str, choice: Any, hit: Mapping[str, int | None], ru
     if pattern in PRESETS:
         heads = [path for path, site in sites.items() if "head" in site.roles]
         left_out = f" (the heads {_some(heads)} are left out: name one by a regex)" if heads else ""
-        return f"{what} matches nothing in this model{left_out}; its weights are {_some(sites)}. Print sites(...) to see"
+        return f"{what} matches nothing in this model{left_out}; its weights are {_some(sites)}: print(sites(...))"
     plain = re.sub(r"\\.|[\[\](){}|?*+^$.]+", "", pattern)
     close = difflib.get_close_matches(plain, list(sites.leaves), n=3, cutoff=0.0)
     presets = difflib.get_close_matches(pattern, list(PRESETS), n=1)
-    return (f"{what} matches no path. A pattern must match a whole path, for example '.*/kernel'; the nearest paths are "
-            f"{_some(close)}" + (f"; did you mean the preset {presets[0]!r}?" if presets else ""))
+    return (f"{what} matches no path. A pattern must match a whole path, for example '.*/kernel'; the nearest paths "
+            f"are {_some(close)}" + (f"; did you mean the preset {presets[0]!r}?" if presets else ""))
 
 
 def _some(paths: Any) -> str:

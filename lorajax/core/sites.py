@@ -84,7 +84,7 @@ class Sites(Mapping[str, Site]):
         return len(self.found)
 
     def __str__(self) -> str:
-        rows = [("path", "shape", "op", "in", "out", "stack", "role")]
+        rows: list[tuple[str, ...]] = [("path", "shape", "op", "in", "out", "stack", "role")]
         for site in self.values():
             for i, use in enumerate(site.uses):
                 stack = tuple(a for a in range(len(site.shape)) if a not in use.in_axes and a not in use.out_axes)

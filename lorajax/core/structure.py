@@ -6,6 +6,7 @@ which the interpreter merges this one operand into a dense weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,12 +79,12 @@ def reshape(eqn, node: Bound) -> Bound:
     old, new = node.shape, eqn.params["new_sizes"]
 
     def change(f: Factor) -> Factor:
-        for left, right in plan:
+        for left, _ in plan:
             wide = [d for d in left if old[d] > 1]
             if any(d in f.dims for d in wide) and not all(d in f.dims for d in wide):
-                raise Decline(f"reshape {old} -> {new} merges a dimension that a factor spans with one that it does not")
+                raise Decline(f"reshape {old} -> {new} merges a dimension that a factor spans with one it does not")
         rank = [f.size(RANK)] if RANK in f.dims else []
-        order = sorted((d for d in f.dims if d != RANK and old[d] > 1)) + [RANK] * len(rank)
+        order = sorted(d for d in f.dims if d != RANK and old[d] > 1) + [RANK] * len(rank)
         array = lax.transpose(lax.squeeze(f.array, [i for i, d in enumerate(f.dims) if d != RANK and old[d] == 1]),
                               _ranks([d for d in f.dims if d == RANK or old[d] > 1], order))
         names = [d for left, right in plan for d in right if any(e in f.dims and old[e] > 1 for e in left)]
@@ -126,11 +127,13 @@ def split(eqn, node: Bound) -> list[Bound]:
     sizes, axis = eqn.params["sizes"], eqn.params["axis"]
     offsets = np.cumsum((0, *sizes))
 
-    def part(k: int):
-        return lambda f: Factor(lax.slice_in_dim(f.array, int(offsets[k]), int(offsets[k + 1]), 1, f.dims.index(axis)),
-                                f.dims) if axis in f.dims else f
+    def part(f: Factor, k: int) -> Factor:
+        if axis not in f.dims:
+            return f
+        bounds = int(offsets[k]), int(offsets[k + 1])
+        return Factor(lax.slice_in_dim(f.array, *bounds, axis=f.dims.index(axis)), f.dims)
 
-    return [node.map(w, part(k)) for k, w in enumerate(compat.bind(eqn, [node.w]))]
+    return [node.map(w, functools.partial(part, k=k)) for k, w in enumerate(compat.bind(eqn, [node.w]))]
 
 
 def rev(eqn, node: Bound) -> Bound:
@@ -191,7 +194,8 @@ def reduce_sum(eqn, node: Bound) -> Bound:
     for t in node.terms:
         if t.key is not None or t.g is not None or (t.a and t.b and axes.intersection(t.a.dims).intersection(t.b.dims)):
             raise Decline("a sum over a dimension that both factors, a scale or a dropout span")
-        repeats = int(np.prod([node.shape[d] for d in axes if t.a and t.b and d not in t.a.dims and d not in t.b.dims]))
+        neither = [d for d in axes if t.a and t.b and d not in t.a.dims and d not in t.b.dims]
+        repeats = int(np.prod([node.shape[d] for d in neither]))
         parts = [f and Factor(jnp.sum(f.array, [i for i, d in enumerate(f.dims) if d in axes]),
                               tuple(d for d in f.dims if d not in axes)) for f in (t.a, t.b)]
         parts[1] = parts[1] and Factor(parts[1].array * repeats, parts[1].dims)
@@ -229,5 +233,6 @@ RULES: dict[str, Callable[..., Bound | list[Bound]]] = {
     "dynamic_slice": dynamic_slice, "split": split, "rev": rev, "convert_element_type": convert, "copy": everywhere,
     "copy_p": everywhere, "pvary": everywhere, "pcast": everywhere, "mesh_cast": everywhere,
     "sharding_constraint": weight_only, "reshard": reshard,
-    "all_gather": all_gather, "all_gather_invariant": all_gather, "reduce_sum": reduce_sum, "neg": negate, "mul": multiply, "div": divide,
+    "all_gather": all_gather, "all_gather_invariant": all_gather, "reduce_sum": reduce_sum, "neg": negate,
+    "mul": multiply, "div": divide,
 }

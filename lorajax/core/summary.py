@@ -46,7 +46,7 @@ def activations(adapt: Any) -> int:
 
 
 def memory(adapt: Any) -> dict[str, int]:
-    """Bytes of a training step with Adam for the traced arguments: frozen, trainable, gradients, moments, activations."""
+    """Bytes of a training step with Adam for the traced arguments, by what they hold."""
     trainable, frozen = adapt.shapes
     own = size(trainable)
     return {"frozen": size(frozen), "trainable": own, "gradients": own, "moments": 2 * own,
@@ -57,7 +57,7 @@ def summary(adapt: Any) -> str:
     """The table of an `Adapt`, as text."""
     trainable, _ = adapt.shapes
     total = parameters(list(adapt.sites.leaves.values()))
-    rows = [("path", "shape", "gets", "rank", "params", "% of base", "rule")]
+    rows: list[tuple[str, ...]] = [("path", "shape", "gets", "rank", "params", "% of base", "rule")]
     for path, chosen in adapt.chosen.items():
         own = parameters(trainable[path])
         name = "Full" if isinstance(chosen.choice, Full) else type(chosen.choice).__name__

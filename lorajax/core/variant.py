@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
 class Factors(NamedTuple):
     """How a variant changes its weight: ``W' = g_in[:, None] * (W + a @ b) * g[None, :]``, any part may be None.
 
-    a: (in, r); b: (r, out), the scale already inside; g: (out,), one scale per output unit; g_in: (in,), per input unit.
+    a: (in, r); b: (r, out), the scale already inside; g: (out,), a scale per output unit; g_in: (in,), per input unit.
     """
 
     a: jax.Array | None = None
@@ -60,16 +60,16 @@ class Variant(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
-        """Returns (adapter, w_new) for a weight `w` (in, out) float32; `w_new` is `w` itself unless the paper changes it."""
+        """Returns (adapter, w_new) for a weight `w` (in, out) float32; `w_new` is `w` unless `rewrites_weight`."""
 
-    def factors(self, adapter: Any, w: jax.Array) -> Factors:
+    def factors(self, adapter: Any, w: Any) -> Factors:
         """The update as factors, float32. `w` is the (in, out) frozen weight, float32; see `reads_weight`."""
         raise NotImplementedError(f"{type(self).__name__} has no low-rank factors; it defines delta(adapter, w)")
 
     def delta(self, adapter: Any, w: jax.Array) -> jax.Array:
         """The update as one dense (in, out) float32 array, ``W' - W``. Derived from `factors` where those exist."""
         a, b, g, g_in = self.factors(adapter, w)
-        new = w if a is None else w + a @ b
+        new = w if a is None or b is None else w + a @ b
         new = new if g is None else new * g[None, :]
         return (new if g_in is None else new * g_in[:, None]) - w
 

@@ -183,8 +183,8 @@ class Walker:
         batch = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in p.offset_dims]
         if len(rest) > 1 or not batch:  # a layer or an expert picked out of a stack
             names = dict(zip(p.offset_dims, rest, strict=True))
-            return View(view.path, tuple(view.dims[names[i]] if i in names else () for i in range(len(names) + len(batch))),
-                        view.loose.union(_axes(view, p.start_index_map)))
+            dims = tuple(view.dims[names[i]] if i in names else () for i in range(len(names) + len(batch)))
+            return View(view.path, dims, view.loose.union(_axes(view, p.start_index_map)))
         use = Use("lookup", _axes(view, p.start_index_map), _axes(view, rest))
         return Activation(frozenset([view.path])) if self.consume(view, use, NOTHING) else None
 
@@ -212,7 +212,7 @@ class Walker:
         self.found.consumed.update(left.sources | right.sources)
         (contract_l, batch_l), (contract_r, batch_r) = _numbers(eqn, 0), _numbers(eqn, 1)
         shapes = [len(v.aval.shape) for v in eqn.invars]
-        marks_out = [None] * len(batch_l)
+        marks_out: list[Any] = [None] * len(batch_l)
         marks_out += [(made, True)] * (shapes[0] - len(contract_l) - len(batch_l))
         marks_out += [(made, False)] * (shapes[1] - len(contract_r) - len(batch_r))
         return Activation(frozenset([made]), tuple(marks_out))
