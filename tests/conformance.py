@@ -15,6 +15,7 @@ class Row(NamedTuple):
     name: in `NAMES`. paper: arXiv id, in the class's docstring. variant: small, for a (12, 8) weight.
     shapes: of the adapter's arrays for a (12, 8) weight. identity: the start leaves the function as it is.
     penalised: it has a loss term of its own. merges: `merge` gives plain weights. lr: Adam's, for eight examples.
+    in_model: run the tests in a model too; False where an option of a listed variant changes only its start or scale.
     """
 
     name: str
@@ -25,15 +26,16 @@ class Row(NamedTuple):
     penalised: bool = False
     merges: bool = True
     lr: float = 0.03
+    in_model: bool = True
 
 
 LORA = {"A": (12, 4), "B": (4, 8)}
 
 ROWS: dict[str, Row] = {
     "lora": Row("lora", "2106.09685", LoRA(rank=4), LORA),
-    "lora-rslora": Row("lora", "2312.03732", LoRA(rank=4, rslora=True, initializer="gaussian"), LORA),
-    "lora-orthogonal": Row("lora", "2106.09685", LoRA(rank=4, initializer="orthogonal"), LORA),
-    "lora-embedding": Row("lora", "2106.09685", LoRA(rank=4, initializer="embedding"), LORA),
+    "lora-rslora": Row("lora", "2312.03732", LoRA(rank=4, rslora=True, initializer="gaussian"), LORA, in_model=False),
+    "lora-orthogonal": Row("lora", "2106.09685", LoRA(rank=4, initializer="orthogonal"), LORA, in_model=False),
+    "lora-embedding": Row("lora", "2106.09685", LoRA(rank=4, initializer="embedding"), LORA, in_model=False),
     "lora-fa": Row("lora", "2308.03303", LoRA(rank=4, freeze_a=True), LORA),
     "adalora": Row("adalora", "2303.10512", AdaLoRA(rank=4), {"A": (12, 4), "E": (4,), "B": (4, 8)}, penalised=True),
 }

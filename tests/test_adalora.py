@@ -2,13 +2,15 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorajax.control import Controller, adalora, budget_schedule, identity
+import lorajax as lj
+from lorajax.control import Controller, adalora, budget_schedule, compact, identity
 from lorajax.control.adalora import moving_averages
 from lorajax.variants import AdaLoRA, LoRA
 from lorajax.variants.adalora import AdaLoRAAdapter
@@ -259,6 +261,51 @@ def test_no_site_error_names_what_is_there() -> None:
 def test_init_rank_below_rank_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"init_rank=4 is below rank=8.*at least 8"):
         AdaLoRA(rank=8, init_rank=4).check(16, 16)
+
+
+# Compact
+
+
+def pruned() -> tuple[Any, Any, Any, jax.Array, Any]:
+    """(fn, adapt, frozen, x, trainable): three stacked layers that keep 2, 0 and 1 triplets, one site none, one two."""
+
+    def fn(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(lambda h, w: (h + jnp.sin(h @ w), None), x, params["stack"])
+        return jnp.sin(x @ params["dropped"]) @ params["kept"] @ params["head"]
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.float32(rng.normal(size=shape))  # noqa: E731
+    params = {"stack": draw(3, 8, 8), "dropped": draw(8, 8), "kept": draw(8, 6), "head": draw(6, 2)}
+    x = draw(5, 8)
+    adapt = lj.adapt(lj.sites(fn, params, x), [("head", lj.Full()), (".*", AdaLoRA(rank=4, alpha=3.0))])
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    e = {"stack": [[0, 1, 0, 2], [0, 0, 0, 0], [0, 0, 3, 0]], "dropped": [0, 0, 0, 0], "kept": [-1, 0, 2, 0]}
+    for path, values in e.items():
+        a, _, b = trainable[path]
+        trainable[path] = AdaLoRAAdapter(draw(*a.shape), jnp.float32(values), draw(*b.shape))
+    return fn, adapt, frozen, x, trainable
+
+
+def test_compact_keeps_the_output_and_drops_empty_sites() -> None:
+    fn, adapt, frozen, x, trainable = pruned()
+    small, shrunk = compact(adapt, trainable)
+    assert {path: getattr(v, "rank", None) for path, v in small.plan.items()} == {"stack": 2, "kept": 2, "head": None}
+    assert shrunk["stack"].A.shape == (3, 8, 2)
+    np.testing.assert_array_equal(shrunk["stack"].E, [[1, 2], [0, 0], [3, 0]])
+    np.testing.assert_array_equal(shrunk["kept"].E, [-1, 2])
+    before, after = (lj.lift(fn)(a.bind(tr, frozen), x) for a, tr in ((adapt, trainable), (small, shrunk)))
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+    assert np.abs(before - fn({**frozen.base, "head": trainable["head"].w}, x)).max() > 0.1
+    again, twice = compact(small, shrunk)
+    assert again.plan == small.plan
+    assert jax.tree.all(jax.tree.map(np.array_equal, twice, shrunk))
+
+
+def test_compact_of_nothing_is_an_error() -> None:
+    w = {"w": jnp.ones((4, 4))}
+    adapt = lj.adapt(lj.sites(lambda p, x: x @ p["w"], w, jnp.ones((2, 4))), [("w", AdaLoRA(rank=2))])
+    with pytest.raises(ValueError, match=r"every E is 0: nothing is left.*not trained yet"):
+        compact(adapt, adapt.init(jax.random.key(0), w)[0])
 
 
 @pytest.mark.peft

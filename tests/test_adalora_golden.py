@@ -69,7 +69,7 @@ def setup() -> Setup:
     variant = AdaLoRA(rank=SCHEDULE["init_r"], alpha=float(SCHEDULE["lora_alpha"]), orth=SCHEDULE["orth_reg_weight"])
     adapt = lj.adapt(lj.sites(model.apply, params, batch["input_ids"], batch["attention_mask"]),
                      [(r".*/(query|value|up)/kernel", variant), (r"params/classifier/(kernel|bias)", lj.Full())])
-    _, frozen = adapt.init(jax.random.key(0), params)
+    _, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
     controller = adalora(adapt, total_steps=SCHEDULE["total_step"], target_rank=SCHEDULE["target_r"],
                          t_initial=SCHEDULE["tinit"], t_final=SCHEDULE["tfinal"], delta_t=SCHEDULE["deltaT"])
     return Setup(model, adapt, read_adapter("adapter"), frozen, controller, batch)

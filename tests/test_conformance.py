@@ -1,6 +1,7 @@
 """What holds of every variant, driven by the table in conformance.py."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ from lorajax import variants
 from lorajax.core.variant import Variant
 from lorajax.variants import NAMES
 
-pytestmark = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+every_model = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.in_model])
 LAYERS = 3
 
 
@@ -41,14 +43,15 @@ def weight(shape: tuple[int, int] = (12, 8)) -> jax.Array:
 # The class
 
 
-def test_every_public_variant_has_a_row(row: Row) -> None:
-    named = {r.name for r in ROWS.values()}
-    assert named == set(NAMES), f"rows without a name or names without a row: {named ^ set(NAMES)}"
+def test_every_public_variant_has_a_row() -> None:
+    for named in ({r.name for r in ROWS.values()}, {r.name for r in ROWS.values() if r.in_model}):
+        assert named == set(NAMES), f"rows without a name or names without a row: {named ^ set(NAMES)}"
     public = {getattr(variants, name) for name in variants.__all__ if name != "NAMES"}
     assert public == set(NAMES.values())
-    assert type(row.variant) is NAMES[row.name]
+    assert all(type(r.variant) is NAMES[r.name] for r in ROWS.values())
 
 
+@every_row
 def test_is_a_frozen_dataclass_with_defaults(row: Row) -> None:
     cls = type(row.variant)
     assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
@@ -57,6 +60,7 @@ def test_is_a_frozen_dataclass_with_defaults(row: Row) -> None:
     assert hash(row.variant) == hash(dataclasses.replace(row.variant))
 
 
+@every_row
 def test_docstring_states_paper_and_equation(row: Row) -> None:
     doc = type(row.variant).__doc__ or ""
     assert f"arXiv {row.paper}" in doc
@@ -68,6 +72,7 @@ def test_docstring_states_paper_and_equation(row: Row) -> None:
 # One matrix
 
 
+@every_row
 def test_leaf_table_names_the_real_shapes(row: Row) -> None:
     adapter, w = jax.eval_shape(row.variant.init, jax.random.key(0), jax.ShapeDtypeStruct((12, 8), jnp.float32))
     assert {k: v.shape for k, v in adapter._asdict().items()} == row.shapes
@@ -81,6 +86,7 @@ def test_leaf_table_names_the_real_shapes(row: Row) -> None:
         assert all(want == have for want, have in named), name
 
 
+@every_row
 def test_start(row: Row) -> None:
     adapter, w = row.variant.init(jax.random.key(0), weight())
     delta = np.abs(w + row.variant.delta(adapter, w) - weight()).max()
@@ -91,6 +97,7 @@ def test_start(row: Row) -> None:
     assert not jax.tree.all(jax.tree.map(np.array_equal, adapter, other))
 
 
+@every_row
 def test_factors_and_delta_agree(row: Row) -> None:
     adapter = perturbed(row.variant.init(jax.random.key(0), weight())[0], noise(1))
     delta = row.variant.delta(adapter, weight())
@@ -103,6 +110,7 @@ def test_factors_and_delta_agree(row: Row) -> None:
         np.testing.assert_allclose(np.float64(weight()) + delta, new, atol=1e-5)
 
 
+@every_row
 def test_penalty(row: Row) -> None:
     adapter = perturbed(row.variant.init(jax.random.key(0), weight())[0], noise(1))
     assert (row.variant.penalty(adapter, 1.0) > 0) == row.penalised
@@ -111,6 +119,7 @@ def test_penalty(row: Row) -> None:
         assert type(row.variant).penalty is Variant.penalty
 
 
+@every_row
 def test_gradient_is_finite_at_the_start(row: Row) -> None:
     adapter, w = row.variant.init(jax.random.key(0), weight())
     grads = jax.grad(lambda ad: jnp.sum(jnp.sin(w + row.variant.delta(ad, w))) + row.variant.penalty(ad, 1.0))(adapter)
@@ -147,17 +156,27 @@ class Block(nn.Module):
         return x + nn.Dense(8, dtype=self.dtype, name="down")(y), None
 
 
-def model(row: Row, scan: bool = False, dtype: Any = jnp.float32, seed: int = 0) -> tuple[Any, ...]:
-    """(apply, adapt, trainable with noise everywhere, frozen, params, x)"""
+@functools.cache
+def network(scan: bool, dtype: Any) -> tuple[Any, Any, jax.Array, lj.Sites]:
+    """(apply, params, x, sites), the same for every row."""
     net, x = Net(scan, dtype), noise(3)((8, 8))
-    params = net.init(jax.random.key(5), x)
-    adapt = lj.adapt(lj.sites(net.apply, params, x), [(".*kernel", row.variant)])
-    trainable, frozen = adapt.init(jax.random.key(seed), params)
-    draw = noise(seed + 10)
-    loud = {path: perturbed(adapter, draw) for path, adapter in sorted(trainable.items())}
-    return net.apply, adapt, loud, frozen, params, x
+    params = jax.jit(net.init)(jax.random.key(5), x)
+    return net.apply, params, x, lj.sites(net.apply, params, x)
 
 
+def model(row: Row, scan: bool = False, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+    """(apply, adapt, trainable with noise everywhere, frozen, params, x)"""
+    apply, params, x, sites = network(scan, dtype)
+    adapt = lj.adapt(sites, [(".*kernel", row.variant)])
+    trainable, frozen = adapt.shapes
+    draw = noise(10)
+    loud, aux = ({path: perturbed(adapter, draw) for path, adapter in sorted(part.items())}
+                 for part in (trainable, frozen.aux))
+    base = {"/".join(key.key for key in keys): w for keys, w in jax.tree_util.tree_leaves_with_path(params)}
+    return apply, adapt, loud, lj.Frozen(base, aux), params, x
+
+
+@every_model
 @pytest.mark.parametrize("scan", [False, True])
 def test_lifted_equals_merged(row: Row, scan: bool) -> None:
     apply, adapt, trainable, frozen, params, x = model(row, scan)
@@ -180,14 +199,16 @@ def test_lifted_equals_merged(row: Row, scan: bool) -> None:
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * scale + 1e-7, err_msg=f"{path} {name}")
 
 
+@every_model
 def test_start_leaves_the_model_alone(row: Row) -> None:
     apply, adapt, _, _, params, x = model(row)
-    start = adapt.init(jax.random.key(0), params)
+    start = jax.jit(adapt.init)(jax.random.key(0), params)
     out = jax.jit(lambda tr, frozen: lj.lift(apply)(adapt.bind(tr, frozen), x))(*start)
     change = np.abs(out - apply(params, x)).max()
     assert (change < 1e-5) == row.identity
 
 
+@every_model
 def test_stack_of_three_is_a_loop_of_three(row: Row) -> None:
     apply, adapt, trainable, frozen, _, x = model(row, scan=True)
     loop, loop_adapt, _, loop_frozen, _, _ = model(row, scan=False)
@@ -203,6 +224,7 @@ def test_stack_of_three_is_a_loop_of_three(row: Row) -> None:
     np.testing.assert_allclose(adapt.penalty(trainable), loop_adapt.penalty(parts), rtol=1e-5)
 
 
+@every_model
 def test_bfloat16_compute_over_float32_adapters(row: Row) -> None:
     apply, adapt, trainable, frozen, _, x = model(row, dtype=jnp.bfloat16)
 
@@ -219,9 +241,10 @@ def test_bfloat16_compute_over_float32_adapters(row: Row) -> None:
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@every_model
 def test_trains_on_eight_examples_in_one_compile(row: Row) -> None:
     apply, adapt, _, _, params, x = model(row)
-    trainable, frozen = adapt.init(jax.random.key(0), params)
+    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
     target = apply(params, x) + noise(9)((8, 8))
     tx = optax.adam(row.lr)
     traces = []
