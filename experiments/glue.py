@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     sites = lj.sites(model.net.apply, model.variables, *inputs(one))
     adapt = lj.adapt(sites, build.rules(c, model))
     print(adapt)
-    trainable, frozen = adapt.init(adapter_key, model.variables)
+    trainable, frozen = jax.jit(adapt.init)(adapter_key, model.variables)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
     tx = build.optimizer(c, adapt, model, total)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         if run.finished:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
-        state = init_state(train_key, trainable, tx, controller)
+        state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
         best: dict[str, Any] = {"score": None, "step": 0}
         if saved.latest() is not None:
             state, best = saved.restore(state)

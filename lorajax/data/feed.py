@@ -53,7 +53,7 @@ def ahead(make: Callable[[int], T], steps: Iterable[int], depth: int = 2) -> Ite
     """Yields (step, make(step)) in order, with up to `depth` of them made in a thread before they are asked for."""
     todo = iter(steps)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting = deque((step, pool.submit(make, step)) for step, _ in zip(todo, range(depth), strict=False))
+        waiting = deque((step, pool.submit(make, step)) for _, step in zip(range(depth), todo, strict=False))
         while waiting:
             step, made = waiting.popleft()
             yield step, made.result()

@@ -1,0 +1,164 @@
+"""Config -> parts: what each key does, and errors that name the nearest valid choice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import glue_folder, model_folder
+
+import lorajax as lj
+from lorajax import build, config, control
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    return model_folder(root / "model"), glue_folder(root / "data")
+
+
+def parse(files, name="lora", arg="", *words):
+    model, data = files
+    base = [f"--config=configs/{name}.py:task=sst2,model={model}{arg}", f"--config.data={data}"]
+    return config.parse([*base, "--config.max_length=16", "--config.batch=8", *words]).config
+
+
+def adapted(c):
+    found = build.load_data(c)
+    model = build.load_model(c, found.task, jax.random.key(0))
+    batches = build.batches(c, found, model.folder)
+    batch = batches["train"].batch(0, 0)
+    sites = lj.sites(model.net.apply, model.variables, batch["input_ids"])
+    return found, model, batches, lj.adapt(sites, build.rules(c, model))
+
+
+def test_data_and_batches(files):
+    c = parse(files, "lora", "", "--config.examples=20", "--config.shapes=2")
+    found, _, batches, _ = adapted(c)
+    assert {name: len(split.labels) for name, split in found.splits.items()} == {"train": 20, "validation": 20}
+    assert len(batches["train"]) == 3
+    assert batches["train"].lengths == batches["validation"].lengths
+    assert len(batches["train"].lengths) == 2
+    assert found.fingerprint != build.load_data(parse(files)).fingerprint
+
+
+def test_the_head_is_trained_and_the_rest_gets_the_variant(files):
+    _, model, _, adapt = adapted(parse(files, "lora", ",rank=3,targets=qv", "--config.variant.alpha=5"))
+    assert model.fresh == ("params/classifier/kernel", "params/classifier/bias")
+    full = {path for path, choice in adapt.plan.items() if isinstance(choice, lj.Full)}
+    assert full == set(model.fresh)
+    rest = {path: choice for path, choice in adapt.plan.items() if path not in full}
+    assert set(rest) == {f"params/layer_{i}/attention/{name}/kernel" for i in range(2) for name in ("query", "value")}
+    assert all(choice == lj.LoRA(rank=3, alpha=5.0) for choice in rest.values())
+
+
+def test_full_fine_tuning_takes_every_leaf(files):
+    _, _, _, adapt = adapted(parse(files, "full"))
+    assert set(adapt.plan) == set(adapt.sites.leaves)
+    assert all(isinstance(choice, lj.Full) for choice in adapt.plan.values())
+
+
+def test_the_fingerprint_is_of_the_encoder_alone(files, tmp_path):
+    c = parse(files)
+    task = build.load_data(c).task
+    one, two = (build.load_model(c, task, jax.random.key(seed)) for seed in (0, 1))
+    assert one.fingerprint == two.fingerprint
+    heads = [model.variables["params"]["classifier"]["kernel"] for model in (one, two)]
+    assert not np.array_equal(*heads)
+    other = parse((model_folder(tmp_path / "other", seed=1), files[1]))
+    assert build.load_model(other, task, jax.random.key(0)).fingerprint != one.fingerprint
+
+
+def test_model_settings(files):
+    c = parse(files, "lora", "", "--config.dropout=-1", "--config.compute_dtype=bfloat16", "--config.scan_layers=true")
+    net = build.load_model(c, build.load_data(c).task, jax.random.key(0)).net
+    assert (net.config.hidden_dropout, net.config.dtype, net.config.scan_layers) == (0.1, jnp.bfloat16, True)
+    assert build.load_model(parse(files), build.load_data(c).task, jax.random.key(0)).net.config.dtype == jnp.float32
+
+
+def first_updates(tx, trainable):
+    """Adam's first updates for gradients of 1: minus the learning rates."""
+    with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to powers of int32 counters
+        return jax.jit(tx.update)(jax.tree.map(jnp.ones_like, trainable), tx.init(trainable), trainable)[0]
+
+
+def test_head_learning_rate(files):
+    c = parse(files, "lora", ",targets=qv", "--config.head_lr=3e-3", "--config.lr=1e-3", "--config.warmup=0",
+              "--config.weight_decay=0", "--config.schedule=constant")  # fmt: skip
+    _, model, _, adapt = adapted(c)
+    trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
+    updates = first_updates(build.optimizer(c, adapt, model, 10), trainable)
+    np.testing.assert_allclose(updates["params/classifier/kernel"].w, -3e-3, rtol=1e-5)
+    np.testing.assert_allclose(updates["params/layer_0/attention/query/kernel"].A, -1e-3, rtol=1e-5)
+
+
+def test_lora_plus_ratio(files):
+    c = parse(files, "lora", ",targets=qv", "--config.lora_plus=16", "--config.lr=1e-3", "--config.head_lr=1e-3",
+              "--config.warmup=0", "--config.weight_decay=0")  # fmt: skip
+    _, model, _, adapt = adapted(c)
+    trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
+    updates = first_updates(build.optimizer(c, adapt, model, 10), trainable)
+    site = updates["params/layer_0/attention/query/kernel"]
+    np.testing.assert_allclose(site.B / site.A[0, 0], 16.0, rtol=1e-5)
+
+
+def test_steps_come_in_whole_calls(files):
+    c = parse(files, "lora", "", "--config.epochs=2.5", "--config.steps_per_call=4")
+    assert build.total_steps(c, 8) == 20
+    assert build.total_steps(c, 7) == 16  # 17.5, to the nearest multiple of 4
+    assert build.total_steps(parse(files, "lora", "", "--config.epochs=0.01"), 8) == 1
+    assert [build.every(*x) for x in ((0, 8, 4), (0, 7, 4), (10, 8, 4), (3, 8, 1))] == [8, 8, 12, 3]
+
+
+def test_the_papers_schedule_is_stretched_with_the_run():
+    rte = config.load("configs/adalora.py:task=rte")
+    assert rte.controller.of_steps == 78 * 50
+    assert build.stretch(rte, 3900) == {"t_initial": 600, "t_final": 1800, "delta_t": 1}
+    mnli = config.load("configs/adalora.py:task=mnli")  # 12,272 steps an epoch, 7 epochs; a sample has fewer
+    assert mnli.controller.of_steps == 85904
+    assert build.stretch(mnli, 8590) == {"t_initial": 800, "t_final": 5000, "delta_t": 10}
+    assert build.settled(rte, 3900) == 2100
+    assert build.settled(config.load("configs/lora.py"), 3900) == 0
+
+
+def test_controllers(files):
+    _, model, _, adapt = adapted(parse(files, "adalora", ",targets=qv"))
+    trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
+    state = jax.jit(build.controller(parse(files, "adalora"), adapt, 100).init)(trainable)
+    assert isinstance(state, control.AdaLoRAState)
+    assert int(state.budget) == 12 * 4  # rank 12 in each of 4 matrices
+    assert build.controller(parse(files), adapt, 100).init(trainable) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "call", "words"),
+    [
+        ({"args.targets": "all-linaer"}, "rules", ["unknown targets 'all-linaer'", "did you mean 'all-linear'?"]),
+        ({"variant.name": "adlora"}, "variant", ["unknown variant 'adlora'", "did you mean 'adalora'?", "full, lora"]),
+        ({"variant.rnak": 4}, "variant", ["LoRA has no hyperparameter 'rnak'", "did you mean 'rank'?"]),
+        ({"controller.name": "identiy"}, "controller", ["unknown controller 'identiy'", "did you mean 'identity'?"]),
+        ({"args.task": "sst"}, "load_data", ["unknown task 'sst'", "did you mean 'sst2'?"]),
+        ({"compute_dtype": "bf16"}, "compute_dtype", ["unknown compute_dtype 'bf16'", "bfloat16"]),
+    ],
+)
+def test_errors_name_the_nearest(files, change, call, words):
+    c = parse(files)
+    with c.unlocked():
+        for name, value in change.items():
+            *parents, last = name.split(".")
+            node = c
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+    model = build.Model(None, {}, ("params/classifier/kernel",), None, "")
+    args = {"rules": (c, model), "controller": (c, None, 10)}.get(call, (c,))
+    with pytest.raises(config.ConfigError) as error:
+        getattr(build, call)(*args)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_targets_may_be_a_regex_and_must_match(files):
+    _, _, _, adapt = adapted(parse(files, "lora", r",targets=.*/layer_1/ffn/up/kernel"))
+    assert [p for p, v in adapt.plan.items() if isinstance(v, lj.LoRA)] == ["params/layer_1/ffn/up/kernel"]
+    with pytest.raises(lj.RuleError, match="matches no path"):
+        adapted(parse(files, "lora", r",targets=.*/layer_7/.*"))
