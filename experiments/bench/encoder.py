@@ -36,23 +36,22 @@ def encoder(style: Style, layers: int, width: int, ffn: int, heads: int, batch: 
     stacked = jax.jit(jax.vmap(lambda key: layer.init(key, x)["params"]))(jax.random.split(jax.random.key(1), layers))
 
     def one(params: Any, x: jax.Array) -> jax.Array:
-        return layer.apply({"params": params}, x)
+        y = layer.apply({"params": params}, x)
+        assert isinstance(y, jax.Array)
+        return y
 
-    if style == "scanned":
-
-        def loss(params: Any, x: jax.Array) -> jax.Array:
-            return jnp.square(jax.lax.scan(lambda x, p: (one(p, x), None), x, params["layers"])[0]).mean()
-
-        return Encoder(loss, {"layers": stacked}, x)
-
-    step = jax.jit(one) if style == "jitted" else one
-
-    def loss(params: Any, x: jax.Array) -> jax.Array:
+    def unrolled(params: Any, x: jax.Array) -> jax.Array:
+        step = jax.jit(one) if style == "jitted" else one
         for i in range(layers):
             x = step(params[f"layer_{i}"], x)
         return jnp.square(x).mean()
 
-    return Encoder(loss, {f"layer_{i}": jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(layers)}, x)
+    def scanned(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.square(jax.lax.scan(lambda x, p: (one(p, x), None), x, params["layers"])[0]).mean()
+
+    if style == "scanned":
+        return Encoder(scanned, {"layers": stacked}, x)
+    return Encoder(unrolled, {f"layer_{i}": jax.tree.map(lambda p, i=i: p[i], stacked) for i in range(layers)}, x)
 
 
 class Adapted(NamedTuple):

@@ -27,8 +27,8 @@ FIRST = ("query", "key", "value")
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
-    cost = jax.jit(fn).lower(*args).compile().cost_analysis()
-    return float((cost[0] if isinstance(cost, list) else cost)["flops"])
+    cost: Any = jax.jit(fn).lower(*args).compile().cost_analysis()
+    return float(cost["flops"])
 
 
 def products(trainable: Any, tokens: int) -> float:
@@ -72,10 +72,9 @@ def main() -> None:
         m = measure(**sizes)
         counts = {f"{key} GFLOP": m[key] / 1e9 for key in ("ideal", "lifted", "W + AB", "full")}
         rows.append({"model": name, **counts, **{key: m[key] for key in m if "/" in key and "ideal /" not in key}})
-    text = json.dumps({"setting": where, "rows": rows}, indent=1)
+        print(json.dumps(rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+        options.json.write_text(json.dumps({"setting": where, "rows": rows}, indent=1) + "\n")
     print(markdown(rows, where))
 
 

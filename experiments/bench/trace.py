@@ -2,9 +2,9 @@
 
     python -m experiments.bench.trace [--repeats 7] [--json FILE]
 
-Toy widths, so that tracing is all there is. CPU seconds of the tracing thread, which on an idle machine are those of the
-clock; `jax.clear_caches()` before each measurement; the two take turns, so that a busy machine slows both; medians. The
-time says nothing about the speed of a step: see experiments.bench.flops.
+Toy widths, so that tracing is all there is. CPU seconds of the tracing thread, which on an idle machine are those of
+the clock; `jax.clear_caches()` before each measurement; the two take turns, so that a busy machine slows both; medians.
+The time says nothing about the speed of a step: see experiments.bench.flops.
 """
 
 import argparse
@@ -84,12 +84,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the numbers there")
     options = parser.parse_args()
-    rows = [measure(*case, repeats=options.repeats) for case in CASES]
-    where = setting()
-    text = json.dumps({"setting": where, "repeats": options.repeats, "rows": rows}, indent=1)
+    where, rows = setting(), []
+    for case in CASES:
+        rows.append(measure(*case, repeats=options.repeats))
+        print(json.dumps(rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+        options.json.write_text(json.dumps({"setting": where, "repeats": options.repeats, "rows": rows}, indent=1) + "\n")
     print(markdown(rows, where))
 
 
