@@ -58,7 +58,7 @@ class Adapt:
                 trainable[path] = FullAdapter(jnp.array(base.pop(path), self.dtype, copy=True))
                 continue
             site = self.sites[path]
-            adapter, w_new = _init_matrices(choice, site, fold(key, path), base[path], (stats or {}).get(path))
+            adapter, w_new = _for(choice, _init_matrices)(choice, _layout(site), fold(key, path), base[path], (stats or {}).get(path))
             if choice.rewrites_weight:
                 base[path] = leaf(site, w_new).astype(base[path].dtype)
             adapter = jax.tree.map(lambda x: x.astype(self.dtype), adapter)
@@ -109,11 +109,7 @@ class Adapt:
         return adapter._replace(**{name: apply(name, x) for name, x in adapter._asdict().items()})
 
     def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, key: jax.Array | None) -> Term:
-        if choice.reads_weight:
-            factors = over_stack(site, choice.factors)(adapter, matrix(site, w).astype(jnp.float32))
-        else:
-            factors = over_stack(site, lambda adapter: choice.factors(adapter, None))(adapter)
-        a, b, g = aligned(site, factors)
+        a, b, g = _for(choice, _factors)(choice, _layout(site), adapter, w if choice.reads_weight else None)
         if key is None or (isinstance(choice.dropout, (int, float)) and choice.dropout == 0):
             return Term(a, b, g)
         key = fold(key, site.path)
@@ -176,6 +172,30 @@ def _init_matrices(variant: Variant, site: Site, key: jax.Array, w: jax.Array, s
     if stats is None:
         return over_stack(site, lambda k, m: variant.init(k, m))(keys, m)
     return over_stack(site, variant.init)(keys, m, stats)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _factors(variant: Variant, site: Site, adapter: Any, w: Any) -> Any:
+    """Jitted, so that equal layers share one traced and differentiated function."""
+    if w is None:
+        factors = over_stack(site, lambda adapter: variant.factors(adapter, None))(adapter)
+    else:
+        factors = over_stack(site, variant.factors)(adapter, matrix(site, w).astype(jnp.float32))
+    return aligned(site, factors)
+
+
+def _for(variant: Variant, jitted: Any) -> Any:
+    """The function itself where the variant holds a traced number (many runs in one program), which no cache can key."""
+    try:
+        hash(variant)
+    except TypeError:
+        return jitted.__wrapped__
+    return jitted
+
+
+def _layout(site: Site) -> Site:
+    """The site without what tells it from others of its shape, so that they share one compiled initialiser."""
+    return Site("", site.shape, site.dtype, site.uses[:1])
 
 
 def fold(key: jax.Array, path: str) -> jax.Array:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["Literal", "bind", "constants", "explicit_mesh", "name_stack", "named", "open_jaxpr", "place",
+__all__ = ["Literal", "Operation", "bind", "constants", "explicit_mesh", "name_stack", "named", "open_jaxpr", "place",
            "scan_counts", "scope", "shardings_given", "subjaxprs", "where"]
 
 
@@ -37,6 +37,17 @@ def subjaxprs(eqn: Any) -> list[Any]:
             if hasattr(open_jaxpr(item), "eqns"):
                 found.append(item)
     return found
+
+
+class Operation(NamedTuple):
+    """An equation's primitive and parameters, hashable; stands for the equation in a rule."""
+
+    primitive: Any
+    items: tuple[tuple[str, Any], ...]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.items)
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:

@@ -75,6 +75,7 @@ def scale(y: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def dot_general(eqn, left, right) -> jax.Array:
+    """x W' for any dimension numbers, the weight on either side."""
     if isinstance(left, Bound) and isinstance(right, Bound):
         raise Decline("a product of two weights")
     node_left = isinstance(left, Bound)
@@ -285,3 +286,6 @@ def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
 
 RULES = {"dot_general": dot_general, "conv_general_dilated": conv, "gather": gather,
          "ragged_dot_general": ragged_dot, "ragged_dot": ragged_dot}
+SHARED = {name: jax.jit(rule, static_argnums=0) for name, rule in RULES.items()}
+"""The same rules as functions that equal layers share: traced and differentiated once, so that an unrolled model with
+adapters has no more equations to differentiate than one without."""

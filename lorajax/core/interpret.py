@@ -28,6 +28,8 @@ class Interpreter:
     def __init__(self, report: Report):
         self.report = report
         self.jitted: dict[int, tuple[Any, Any]] = {}
+        self.depth = 0
+        """Loops and jitted functions around the current equation: what stands inside one is traced once anyway."""
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Results of a jaxpr, open or closed; bound weights may be among `args` and among the results."""
@@ -52,16 +54,24 @@ class Interpreter:
     def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         return self.run(jaxpr, compat.constants(jaxpr), args)
 
+    def inside(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        """`closed`, for the body of a loop or of a jitted function."""
+        self.depth += 1
+        try:
+            return self.closed(jaxpr, args)
+        finally:
+            self.depth -= 1
+
     def apply(self, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         """One equation with at least one bound operand."""
         name = eqn.primitive.name
         try:
             if name in FLOW:
                 return FLOW[name](self, eqn, values)
-            rule = contract.RULES.get(name) or structure.RULES.get(name)
-            if rule is None:
+            rules = structure.RULES if name in structure.RULES else contract.RULES if self.depth else contract.SHARED
+            if name not in rules:
                 raise Decline("no rule for this primitive")
-            result = rule(eqn, *values)
+            result = rules[name](compat.Operation(eqn.primitive, tuple(eqn.params.items())), *values)
             return [_settle(r) for r in (result if isinstance(result, list) else [result])]
         except Decline as why:
             return compat.bind(eqn, [self.merge(v, eqn, str(why)) for v in values])
@@ -101,7 +111,7 @@ def _jit(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         return self.closed(inner, values)
     if id(inner) not in self.jitted:
         def body(*args):
-            return self.closed(inner, args)
+            return self.inside(inner, args)
         body.__name__ = eqn.params["name"]
         self.jitted[id(inner)] = (jax.jit(body, keep_unused=eqn.params["keep_unused"]), inner)
     return self.jitted[id(inner)][0](*values)
@@ -153,7 +163,7 @@ def _scan(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         rows = [_Rows(x, p["length"]) for x in xs]
 
         def body(carry, sliced):
-            out = self.closed(p["jaxpr"], [*consts, *carry, *[r.put(s) for r, s in zip(rows, sliced, strict=True)]])
+            out = self.inside(p["jaxpr"], [*consts, *carry, *[r.put(s) for r, s in zip(rows, sliced, strict=True)]])
             done = _handed_on(carry, out[:n_carry], lambda v: self.merge(v, eqn, "a loop returns it"))
             return done, out[n_carry:]
 
@@ -207,10 +217,10 @@ def _while(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         cond_consts, body_consts, init = values[:n_cond], values[n_cond:n_cond + n_body], values[n_cond + n_body:]
 
         def body(carry):
-            out = self.closed(p["body_jaxpr"], [*body_consts, *carry])
+            out = self.inside(p["body_jaxpr"], [*body_consts, *carry])
             return _handed_on(carry, out, lambda v: self.merge(v, eqn, "a loop returns it"))
 
-        return lax.while_loop(lambda carry: self.closed(p["cond_jaxpr"], [*cond_consts, *carry])[0], body, list(init))
+        return lax.while_loop(lambda carry: self.inside(p["cond_jaxpr"], [*cond_consts, *carry])[0], body, list(init))
 
     return _loop(list(values), range(n_cond + n_body, len(values)), attempt,
                  lambda v, why: self.merge(v, eqn, why))
