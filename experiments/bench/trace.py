@@ -89,7 +89,8 @@ def main() -> None:
         rows.append(measure(*case, repeats=options.repeats))
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"setting": where, "repeats": options.repeats, "rows": rows}, indent=1) + "\n")
+        found = {"setting": where, "repeats": options.repeats, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(markdown(rows, where))
 
 
