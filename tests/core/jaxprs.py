@@ -11,8 +11,8 @@ import jax
 from .case import Weight
 
 COMPUTE = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "add", "add_any", "sub",
-                     "mul", "scatter-add", "reduce_sum"})
-"""What can form W + AB, AB or the gradient of W; layout and casts of the frozen W itself are none of these."""
+                     "scatter-add", "reduce_sum"})
+"""What can form W + AB, AB or the gradient of W. Layout, casts and multiples of the frozen W are none of these."""
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Plain JAX functions of the table: control flow, transformations inside the function, annotations, and the fallbacks."""
+"""Plain JAX functions of the table: control flow, transformations inside the function, annotations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .case import Built, Weight, case, normal
 from .models_raw import W, X, d, one
 
 STACK = {"w": Weight((1,), (2,), (0,))}
-SQUARE = Weight((0,), (1,))
+SQUARE = Weight()
 
 
 @case(W, differentiable=False)
@@ -24,6 +24,16 @@ def control_while() -> Built:
                               (0, 0.0))[1] * (x @ w)
 
     return one(fn, d(8, 12), X)
+
+
+@case(W, differentiable=False)
+def control_while_carry() -> Built:
+    """The weight is handed round in the carry."""
+    def step(carry: Any) -> Any:
+        i, w, total, x = carry
+        return i + 1, w, total + jnp.abs(x @ w).sum(0), x
+
+    return one(lambda w, x: lax.while_loop(lambda c: c[0] < 3, step, (0, w, jnp.zeros(12), x))[2], d(8, 12), X)
 
 
 @case({"w": SQUARE})
@@ -62,14 +72,16 @@ def control_index_scan() -> Built:
 
 @case(STACK)
 def control_scan() -> Built:
-    return one(lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w, reverse=True, unroll=2)[0], d(4, 8, 8), X)
+    def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w, reverse=True, unroll=2)[0]
+
+    return one(fn, d(4, 8, 8), X)
 
 
 @case({"w": Weight((2,), (3,), (0, 1))})
 def control_scan_nested() -> Built:
     def fn(w: jax.Array, x: jax.Array) -> jax.Array:
-        layer = lambda x, w: (jnp.tanh(x @ w), None)
-        return lax.scan(lambda x, w: lax.scan(layer, x, w), x, w)[0]
+        return lax.scan(lambda x, w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w), x, w)[0]
 
     return one(fn, d(2, 3 + 1, 8, 8), X)
 
@@ -80,6 +92,17 @@ def control_weight_in_carry() -> Built:
         return lax.scan(lambda c, x: ((c[0], c[1] + (x @ c[0]).sum()), x @ c[0]), (w, jnp.float32(0)), x)[1]
 
     return one(fn, d(8, 12), normal(5, 7, 8))
+
+
+@case(STACK)
+def control_scan_returns_weights() -> Built:
+    """One scan hands the transposed weights on to the next."""
+
+    def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        x, turned = lax.scan(lambda x, w: (jnp.tanh(x @ w), w.T), x, w)
+        return lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, turned)[0]
+
+    return one(fn, d(4, 8, 8), X)
 
 
 @case({"w": Weight((1,), (2,), (0,)), "v": SQUARE})
@@ -94,7 +117,9 @@ def control_grad_inside() -> Built:
     """The function differentiates a network with respect to its input, plainly and through a checkpoint."""
 
     def fn(w: jax.Array, x: jax.Array) -> Any:
-        energy = lambda x: jnp.sin(x @ w).sum()
+        def energy(x: jax.Array) -> jax.Array:
+            return jnp.sin(x @ w).sum()
+
         return jax.grad(energy)(x), jax.grad(jax.checkpoint(energy))(x), jax.jvp(energy, (x,), (x,))[1]
 
     return one(fn, d(8, 12), X)
@@ -110,13 +135,17 @@ def control_vmap_stacked() -> Built:
     return one(lambda w, x: jax.vmap(lambda w, x: x @ w)(w, x), d(4, 8, 12), normal(4, 5, 8))
 
 
+@case({"w": Weight((0,), (2,), (1,))})
+def control_vmap_axis_1() -> Built:
+    return one(lambda w, x: jax.vmap(lambda w, x: jnp.tanh(x @ w), (1, 0), 1)(w, x), d(8, 4, 12), normal(4, 5, 8))
+
+
 @case(W)
 def control_checkpoint_names() -> Built:
     policy = jax.checkpoint_policies.save_only_these_names("hidden")
 
     def fn(w: jax.Array, x: jax.Array) -> jax.Array:
-        layer = lambda w, x: jnp.sin(checkpoint_name(jnp.tanh(x @ w), "hidden"))
-        return jax.checkpoint(layer, policy=policy)(w, x)
+        return jax.checkpoint(lambda w, x: jnp.sin(checkpoint_name(jnp.tanh(x @ w), "hidden")), policy=policy)(w, x)
 
     return one(fn, d(8, 12), X)
 
@@ -131,6 +160,11 @@ def control_shared_jit() -> Built:
         return x
 
     return one(fn, d(8, 8), X)
+
+
+@case({"w": Weight((1,), (0,))})
+def control_jit_returns_weight() -> Built:
+    return one(lambda w, x: x @ jax.jit(lambda w: w.T.astype(jnp.float32))(w), d(12, 8), X)
 
 
 @case(W)
@@ -148,7 +182,7 @@ def swish(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(x)
 
 
-swish.defvjp(lambda x: (swish(x), x), lambda x, dy: (2 * dy * jax.nn.sigmoid(x),))  # wrong on purpose: it must be obeyed
+swish.defvjp(lambda x: (swish(x), x), lambda x, dy: (2 * dy * jax.nn.sigmoid(x),))  # wrong, to be obeyed
 
 
 @jax.custom_jvp
@@ -174,54 +208,3 @@ def control_pallas_on_activations() -> Built:
         return y + lax.stop_gradient(negative(lax.stop_gradient(y))) * 0.5
 
     return one(fn, d(8, 12), X)
-
-
-@jax.custom_vjp
-def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return x @ w
-
-
-product.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, dy: (dy @ res[1].T, res[0].T @ dy))
-
-
-@jax.custom_jvp
-def product_jvp(x: jax.Array, w: jax.Array) -> jax.Array:
-    return x @ w
-
-
-product_jvp.defjvp(lambda p, t: (p[0] @ p[1], t[0] @ p[1] + p[0] @ t[1]))
-
-
-@case(W, fallback="custom_vjp_call")
-def fallback_custom_vjp() -> Built:
-    return one(lambda w, x: (product(x, w), x @ w), d(8, 12), X)
-
-
-@case(W, fallback="custom_jvp_call")
-def fallback_custom_jvp() -> Built:
-    return one(lambda w, x: (product_jvp(x, w), x @ w), d(8, 12), X)
-
-
-@case(W, fallback="")
-def fallback_weight_decay() -> Built:
-    """An elementwise use: `integer_pow` or `square`, whichever this JAX traces."""
-    return one(lambda w, x: (x @ w, (w**2).sum()), d(8, 12), X)
-
-
-@case({"w": Weight(), "v": Weight()}, fallback="concatenate")
-def fallback_concatenate() -> Built:
-    def fn(p: Any, x: jax.Array) -> Any:
-        return x @ jnp.concatenate([p["w"], p["v"]], axis=1), x @ p["w"], x @ p["v"]
-
-    return Built(fn, {"w": d(8, 12), "v": d(8, 10)}, (X,))
-
-
-@case(W, fallback="pad")
-def fallback_pad() -> Built:
-    return one(lambda w, x: (x @ w, x @ jnp.pad(w, ((0, 0), (1, 2)))), d(8, 12), X)
-
-
-@case(W, fallback="cumsum")
-def fallback_inside_scan() -> Built:
-    """The place is inside a loop; it is reported once."""
-    return one(lambda w, x: lax.scan(lambda c, x: (c, (x @ w, x @ jnp.cumsum(w, 1))), 0.0, x)[1], d(8, 12), normal(5, 7, 8))

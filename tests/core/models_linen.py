@@ -62,6 +62,11 @@ def linen_conv() -> Built:
     ]), normal(2, 9, 7, 4))
 
 
+@case({"params/kernel": CONV})
+def linen_conv_1x1() -> Built:
+    return linen(nn.Conv(12, (1, 1)), normal(2, 9, 7, 4))
+
+
 @case({"params/layers_0/kernel": Weight((0, 1), (2,), op="conv")})
 def linen_conv_causal() -> Built:
     return linen(nn.Sequential([nn.Conv(12, (3,), padding="CAUSAL"), jnp.tanh]), X)

@@ -1,14 +1,14 @@
-"""Functions of the table that name devices: shard_map, sharding constraints, and meshes of explicit axes (8 CPU devices)."""
+"""Functions of the table that name devices: shard_map, sharding constraints, explicit-axes meshes (8 CPU devices)."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from .case import Built, case, normal
 from .models_raw import W, d, one
@@ -53,20 +53,29 @@ def shard_map_fsdp() -> Built:
 @case(W)
 def shard_map_manual_data() -> Built:
     """Only the data axis is manual; the weight is replicated over it."""
-    fn = jax.jit(jax.shard_map(lambda w, x: jnp.tanh(x @ w), mesh=auto(), in_specs=(P(), P("data")), out_specs=P("data"),
-                               axis_names={"data"}))
-    return one(fn, d(8, 12), normal(6, 8))
+    fn = jax.shard_map(lambda w, x: jnp.tanh(x @ w), mesh=auto(), in_specs=(P(), P("data")), out_specs=P("data"),
+                       axis_names={"data"})
+    return one(jax.jit(fn), d(8, 12), normal(6, 8))
 
 
 @case(W)
 def sharding_constraint() -> Built:
     """Constraints on the weight and on the activation."""
 
+    def constrain(value: jax.Array, *spec: Any) -> jax.Array:
+        return lax.with_sharding_constraint(value, NamedSharding(auto(), P(*spec)))
+
     def fn(w: jax.Array, x: jax.Array) -> jax.Array:
-        constrain = partial(lambda spec, v: lax.with_sharding_constraint(v, NamedSharding(auto(), spec)))
-        return constrain(P("data", "model"), x @ constrain(P(None, "model"), w))
+        return constrain(x @ constrain(w, None, "model"), "data", "model")
 
     return one(fn, d(8, 12), normal(6, 8))
+
+
+@case(W)
+def jit_with_shardings() -> Built:
+    """A jitted part with shardings of its own."""
+    *given, out = [NamedSharding(auto(), spec) for spec in (P(None, "model"), P("data"), P("data", "model"))]
+    return one(jax.jit(lambda w, x: jnp.tanh(x @ w), in_shardings=given, out_shardings=out), d(8, 12), normal(6, 8))
 
 
 @case(W, mesh=explicit)

@@ -1,4 +1,4 @@
-"""Plain JAX functions of the table: contractions, layout, convolutions, lookups. No library between us and the primitives."""
+"""Plain JAX functions of the table: contractions, layout, convolutions, lookups, straight to the primitives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .case import Built, Weight, case, normal
@@ -55,14 +56,27 @@ def raw_both_sides() -> Built:
 @case(W)
 def raw_both_dims() -> Built:
     """Both dimensions contracted: a bilinear form, as two products and as one."""
-    return one(lambda w, x, y: (jnp.einsum("bi,io,bo->b", x, w, y), jnp.einsum("io,bio->b", w, x[..., None] * y[:, None])),
-               d(12, 8), normal(5, 12), X)
+    def fn(w: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        return jnp.einsum("bi,io,bo->b", x, w, y), jnp.einsum("io,bio->b", w, x[..., None] * y[:, None])
+
+    return one(fn, d(12, 8), normal(5, 12), X)
 
 
 @case(W)
 def raw_reshaped() -> Built:
     """(D, 40) -> (D, 8, 5) by reshape, and the heads transposed."""
     return one(lambda w, x: jnp.einsum("btd,dhk->bthk", x, w.reshape(8, 8, 5)), d(8, 40), XT)
+
+
+@case(W)
+def raw_fused_heads() -> Built:
+    """Key and value in one kernel: (D, 40) -> (D, 2, 4, 5), then picked and transposed."""
+
+    def fn(w: jax.Array, x: jax.Array) -> Any:
+        kv = w.reshape(8, 2, 4, 5)
+        return jnp.einsum("btd,dhk->bhtk", x, kv[:, 0]), jnp.einsum("btd,hdk->bthk", x, kv[:, 1].swapaxes(0, 1))
+
+    return one(fn, d(8, 40), XT)
 
 
 @case({"w": Weight((0, 1), (2,))})
@@ -111,10 +125,69 @@ def raw_batched() -> Built:
     return one(lambda w, x: jnp.einsum("bthi,hio->btho", x, w), d(4, 8, 12), normal(5, 7, 4, 8))
 
 
+SIZES = {"a": 4, "b": 5, "c": 6, "d": 8, "x": 7, "y": 2}
+
+
+def contraction(rng: np.random.Generator) -> tuple[str, str, str, Weight]:
+    """A random einsum (weight, data, result) whose weight has dimensions of each kind, in any order."""
+    kinds = ["in", "out", *rng.choice(["in", "out", "stack"], rng.integers(0, 3)).tolist()]
+    rng.shuffle(kinds)
+    letters = {kind: "".join("abcd"[i] for i, k in enumerate(kinds) if k == kind) for kind in ("in", "out", "stack")}
+    axes = {kind: tuple(i for i, k in enumerate(kinds) if k == kind) for kind in letters}
+    data, result = ("".join(rng.permutation(list(letters[kind] + letters["stack"] + "xy"))) for kind in ("in", "out"))
+    return "abcd"[:len(kinds)], data, result, Weight(axes["in"], axes["out"], axes["stack"])
+
+
+CONTRACTIONS = [contraction(np.random.default_rng(seed)) for seed in range(16)]
+
+
+@case({f"w{i}": weight for i, (_, _, _, weight) in enumerate(CONTRACTIONS)})
+def raw_random_contractions() -> Built:
+    """Sixteen weights with in, out and stack dimensions in any order, on either side of the product."""
+
+    def product(i: int, w: jax.Array, data: jax.Array) -> jax.Array:
+        left, right, result, _ = CONTRACTIONS[i]
+        if i % 2:
+            return jnp.einsum(f"{left},{right}->{result}", w, data)
+        return jnp.einsum(f"{right},{left}->{result}", data, w)
+
+    def array(letters: str, seed: int) -> jax.Array:
+        return normal(*[SIZES[letter] for letter in letters], seed=seed, scale=0.5)
+
+    params = {f"w{i}": array(w, i) for i, (w, _, _, _) in enumerate(CONTRACTIONS)}
+    data = [array(x, 50 + i) for i, (_, x, _, _) in enumerate(CONTRACTIONS)]
+    return Built(lambda p, xs: [product(i, p[f"w{i}"], x) for i, x in enumerate(xs)], params, (data,))
+
+
+@case(W)
+def raw_scaled() -> Built:
+    """Times a number, static or traced; negated; divided."""
+    return one(lambda w, x, s: (x @ (w * 0.5), x @ (s * w), x @ -w, x @ (w / s)), d(8, 12), X, jnp.float32(-1.5))
+
+
+@case(W)
+def raw_reversed() -> Built:
+    return one(lambda w, x: (x @ w[::-1], x @ jnp.flip(w, 1), x @ jnp.squeeze(w[:, None])), d(8, 12), X)
+
+
+@case(W)
+def raw_stop_gradient() -> Built:
+    return one(lambda w, x: (jnp.sin(x @ lax.stop_gradient(w)), x @ w), d(8, 12), X)
+
+
+@case(W)
+def raw_bf16_base() -> Built:
+    """The base itself in bf16, the adapter in float32."""
+    built = one(lambda w, x: x @ w, d(8, 12).astype(jnp.bfloat16), X.astype(jnp.bfloat16))
+    return built._replace(exact=lambda p, x: x.astype(jnp.float32) @ p["w"].astype(jnp.float32))
+
+
 @case(W)
 def raw_cast() -> Built:
     """bf16 weights, float32 accumulation."""
-    fn = lambda w, x: jnp.dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    def fn(w, x):
+        return jnp.dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
     built = one(fn, d(8, 12), X)
     return built._replace(exact=lambda p, x: x @ p["w"])
 
@@ -157,6 +230,12 @@ def raw_lookup_modes() -> Built:
 @case({"w": Weight((1,), (0,), op="lookup")})
 def raw_lookup_axis_1() -> Built:
     return one(lambda w, i: jnp.take(w, i, axis=1), d(8, 11), jnp.array([[0, 5, 3], [1, 10, 10]]))
+
+
+@case({"w": Weight((1,), (2,), (0,))})
+def raw_gathered_experts() -> Built:
+    """Each row picks its expert by an array of indices."""
+    return one(lambda w, x, i: jnp.einsum("bi,bio->bo", x, w[i]), d(4, 8, 12), X, jnp.array([3, 0, 0, 1, 3]))
 
 
 @case({"w": Weight((1,), (2,), (0,))})

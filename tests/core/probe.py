@@ -1,7 +1,7 @@
 """The variant of these tests and what it means, written a second time.
 
-`Probe` is LoRA with both factors random, so that every adapter changes the output. `merged` derives W + s A B in numpy-like
-code from the axes of the table of models: the reference that neither `merge` nor `lift` had a hand in.
+`Probe` is LoRA with both factors random, so that every adapter changes the output. `merged` derives W + s A B from the
+axes of the table of models: the reference that neither `merge` nor `lift` had a hand in.
 """
 
 from __future__ import annotations
@@ -102,8 +102,11 @@ def delta(weight: Weight, shape: tuple[int, ...], a: Any, b: Any, scale: float =
 def merged(weights: Mapping[str, Weight], params: Any, trainable: Mapping[str, Any], scale: float = 0.5) -> Any:
     """The parameters with every W replaced by W + s A B."""
     flat = leaves(params)
-    return replace(params, {path: flat[path] + delta(weight, flat[path].shape, *trainable[path], scale=scale)
-                            for path, weight in weights.items()})
+    new = {}
+    for path, weight in weights.items():
+        w, update = flat[path], delta(weight, flat[path].shape, *trainable[path], scale=scale)
+        new[path] = (w.astype(update.dtype) + update).astype(w.dtype)
+    return replace(params, new)
 
 
 def error(got: Any, want: Any) -> float:

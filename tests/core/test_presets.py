@@ -1,4 +1,4 @@
-"""Named targets on four models that share no names: each preset takes the weights of its role, never a head or a norm."""
+"""Named targets on four models that share no names: each preset takes the weights of its role, no head, no norm."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ def decoder(names: dict[str, str]) -> tuple[Any, Any, Any, dict[str, set[str]]]:
               "up": (8, 20), "down": (20, 8)}
     layers = [{n[role]: normal(*shape, seed=i) for role, shape in shapes.items()} for i in range(2)]
     params = {"layers": layers, n["embed"]: normal(23, 8), n["norm"]: normal(8), n["head"]: normal(8, 23)}
-    path = lambda *roles: {f"layers/{i}/{n[role]}" for i in range(2) for role in roles}
+
+    def path(*roles: str) -> set[str]:
+        return {f"layers/{i}/{n[role]}" for i in range(2) for role in roles}
+
     return fn, params, (jnp.ones((2, 7), jnp.int32),), {
         "qv": path("q", "v"), "attention": path("q", "k", "v", "o"), "ffn": path("gate", "up", "down"),
         "embeddings": {n["embed"]},
@@ -127,7 +130,7 @@ ROLES = ("embed", "norm", "head", "norm1", "norm2", "q", "k", "v", "o", "gate", 
 MODELS = {
     "linen_encoder": encoder,
     "nnx_transformer": transformer,
-    "raw_decoder": lambda: decoder({role: {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}.get(role, role) for role in ROLES}),
+    "raw_decoder": lambda: decoder({role: role for role in ROLES} | {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}),
     "meaningless_names": lambda: decoder({role: f"w{i}" for i, role in enumerate(ROLES)}),
 }
 

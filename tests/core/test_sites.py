@@ -25,7 +25,7 @@ def test_sites_of_the_table(case: Case):
     """Exactly the weights of the table, found without a single array."""
     fn, params, args, _ = case.built
     with case.scope():
-        sites = lj.sites(fn, abstract(params) if case.mesh is None else params, *(abstract(args) if case.mesh is None else args))
+        sites = lj.sites(fn, *abstract((params, *args)))
     flat = probe.leaves(params)
     assert set(sites) == set(case.weights)
     for path, weight in case.weights.items():
@@ -96,15 +96,14 @@ def test_what_is_no_weight_is_no_site():
 
 def test_lists_tuples_and_attributes_in_the_tree_have_paths():
     params = {"layers": [{"w": normal(8, 8)}, {"w": normal(8, 8)}], "pair": (normal(8, 8), normal(8))}
-    fn = lambda p, x: x @ p["layers"][0]["w"] @ p["layers"][1]["w"] @ p["pair"][0] + p["pair"][1][None]
-    sites = lj.sites(fn, params, normal(5, 8))
+    sites = lj.sites(lambda p, x: x @ p["layers"][0]["w"] @ p["layers"][1]["w"] @ p["pair"][0] + p["pair"][1][None],
+                     params, normal(5, 8))
     assert set(sites) == {"layers/0/w", "layers/1/w", "pair/0"}
 
 
 def test_integer_and_key_leaves_are_no_sites():
     params = {"table": jnp.arange(11), "key": jax.random.key(0), "w": normal(11, 8)}
-    fn = lambda p, i: jax.random.normal(p["key"], (5, 8)) + p["w"][p["table"][i]]
-    sites = lj.sites(fn, params, jnp.arange(5))
+    sites = lj.sites(lambda p, i: jax.random.normal(p["key"], (5, 8)) + p["w"][p["table"][i]], params, jnp.arange(5))
     assert list(sites) == ["w"]
 
 

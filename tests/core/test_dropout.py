@@ -1,0 +1,121 @@
+"""Adapters with dropout: what is dropped, when, and that it does not depend on how the layers are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lorajax as lj
+
+from . import probe
+from .case import normal
+from .probe import Probe
+from .test_lift_cases import weighted
+
+
+def square_stack(w: jax.Array, x: jax.Array) -> jax.Array:
+    for i in range(4):
+        x = jnp.tanh(x @ w[i])
+    return x
+
+
+def scan_stack(w: jax.Array, x: jax.Array, wrap: Callable[..., Any] = lambda f: f) -> jax.Array:
+    return lax.scan(wrap(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0]
+
+
+def dropping(fn: Callable[..., Any], rate: float, params: Any, x: jax.Array, rank: int = 3) -> tuple[Any, Any, Any]:
+    """(key -> output, (trainable, key) -> output, trainable) of a lifted function whose adapters drop their input."""
+    adapt = lj.adapt(lj.sites(fn, params, x), [(".*", Probe(rank, dropout=rate))])
+    trainable, frozen = probe.init(adapt, params)
+    lifted = jax.jit(lambda t, key: lj.lift(fn, strict=True)(adapt.bind(t, frozen, key=key), x))
+    return partial(lifted, trainable), lifted, trainable
+
+
+STACKED = {"w": normal(4, 8, 8, scale=0.4)}
+ROWS = normal(5, 8)
+LOOPS = {
+    "python": lambda p, x: square_stack(p["w"], x),
+    "scan": lambda p, x: scan_stack(p["w"], x),
+    "scan_remat": lambda p, x: scan_stack(p["w"], x, jax.checkpoint),
+}
+
+
+def test_dropout_is_a_function_of_the_key():
+    f, _, _ = dropping(LOOPS["scan"], 0.5, STACKED, ROWS)
+    a, b, other, off = f(jax.random.key(0)), f(jax.random.key(0)), f(jax.random.key(1)), f(None)
+    np.testing.assert_array_equal(a, b)
+    assert probe.error(other, a) > 1e-3
+    assert probe.error(a, off) > 1e-3
+
+
+def test_no_key_means_no_dropout_and_so_does_rate_zero():
+    off = dropping(LOOPS["scan"], 0.0, STACKED, ROWS)[0](None)
+    np.testing.assert_array_equal(dropping(LOOPS["scan"], 0.9, STACKED, ROWS)[0](None), off)
+    assert probe.error(dropping(LOOPS["scan"], 0.0, STACKED, ROWS)[0](jax.random.key(0)), off) <= 1e-6
+    assert probe.error(dropping(LOOPS["scan"], 1e-7, STACKED, ROWS)[0](jax.random.key(0)), off) <= 1e-6
+
+
+def test_dropout_is_the_same_in_a_loop_a_scan_and_a_rematerialised_scan():
+    results = []
+    for fn in LOOPS.values():
+        _, lifted, trainable = dropping(fn, 0.5, STACKED, ROWS)
+        results.append(jax.value_and_grad(lambda t, f=lifted: weighted(f(t, jax.random.key(7))))(trainable))
+    assert probe.error(results[1], results[0]) <= 1e-5
+    assert probe.error(results[2], results[0]) <= 1e-5
+
+
+def test_dropout_differs_between_sites_and_between_layers_of_a_stack():
+    """Identical weights, adapters and inputs everywhere: only the masks can make the outputs differ."""
+    params = {"stack": jnp.tile(normal(8, 12), (3, 1, 1)), "u": normal(8, 12), "v": normal(8, 12)}
+
+    def fn(p: Any, x: jax.Array) -> Any:
+        return [x @ p["u"], x @ p["v"], *lax.scan(lambda c, w: (c, x @ w), 0.0, p["stack"])[1]]
+
+    adapt = lj.adapt(lj.sites(fn, params, ROWS), [(".*", Probe(dropout=0.5))])
+    trainable, frozen = probe.init(adapt, params)
+    trainable["v"] = trainable["u"]
+    trainable["stack"] = jax.tree.map(lambda x: jnp.tile(x, (3, 1, 1)), trainable["u"])
+    lifted = jax.jit(lambda key: lj.lift(fn, strict=True)(adapt.bind(trainable, frozen, key=key), ROWS))
+    for y in (plain := lifted(None)):
+        assert probe.error(y, plain[0]) <= 1e-5
+    outputs = lifted(jax.random.key(3))
+    for i, y in enumerate(outputs):
+        for z in outputs[:i]:
+            assert probe.error(y, z) > 1e-2
+
+
+def test_dropout_keeps_the_expectation_and_the_base_branch():
+    """Mean over 4096 keys of one linear layer: within five standard errors of the output without dropout, everywhere.
+    What is dropped is an element of the adapter's input: the difference to the base is x mask A B / keep."""
+    def fn(p, x):
+        return x @ p["w"]
+
+    params, x, rate = {"w": normal(8, 12)}, normal(2, 8, seed=3), 0.25
+    f, _, trainable = dropping(fn, rate, params, x, rank=8)
+    samples = np.asarray(jax.vmap(f)(jax.random.split(jax.random.key(0), 4096)), np.float64)
+    a, b = (np.asarray(v, np.float64) for v in trainable["w"])
+    ab, w, x = a @ b * 0.5, np.asarray(params["w"], np.float64), np.asarray(x, np.float64)
+    spread = np.sqrt(rate / (1 - rate) * (x**2) @ (ab**2))  # of an inverted-dropout sum
+    assert np.all(np.abs(samples.mean(0) - x @ (w + ab)) <= 5 * spread / 64)
+    masks = (samples[:50, 0] - np.asarray(x[0]) @ w) @ np.linalg.pinv(x[0][:, None] * ab) * (1 - rate)
+    np.testing.assert_allclose(np.minimum(np.abs(masks), np.abs(masks - 1)), 0, atol=1e-3)
+    assert 0.65 < masks.mean() < 0.85
+
+
+def test_dropout_on_a_merged_weight_is_refused():
+    """Dropout acts on the input of a product; a weight that has to be merged has none."""
+    def fn(p, x):
+        return (x @ p["w"], jnp.cumsum(p["w"], 1))
+
+    params = {"w": normal(8, 12)}
+    adapt = lj.adapt(lj.sites(fn, params, ROWS), [("w", Probe(dropout=0.5))])
+    trainable, frozen = probe.init(adapt, params)
+    with pytest.raises(ValueError, match="w: .*dropout.*cumsum.*set dropout=0"):
+        lj.lift(fn)(adapt.bind(trainable, frozen, key=jax.random.key(0)), ROWS)
