@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from lorajax.core.bound import Bound, Factor, Term, dense, is_bound
 from lorajax.core.layout import aligned, leaf, matrix, over_stack
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
-from lorajax.core.summary import summary
+from lorajax.core.summary import parameters, summary
 from lorajax.core.variant import Full, FullAdapter, Variant
 
 
@@ -58,7 +59,8 @@ class Adapt:
                 trainable[path] = FullAdapter(jnp.array(base.pop(path), self.dtype, copy=True))
                 continue
             site = self.sites[path]
-            adapter, w_new = _for(choice, _init_matrices)(choice, _layout(site), fold(key, path), base[path], (stats or {}).get(path))
+            start = _for(choice, _init_matrices)
+            adapter, w_new = start(choice, _layout(site), fold(key, path), base[path], (stats or {}).get(path))
             if choice.rewrites_weight:
                 base[path] = leaf(site, w_new).astype(base[path].dtype)
             adapter = jax.tree.map(lambda x: x.astype(self.dtype), adapter)
@@ -75,6 +77,10 @@ class Adapt:
         applied to every trainable array along its rank dimension. onto: a tree that another Adapt of the same model has
         bound; its adapters and these add up.
         """
+        for path in masks or ():
+            if path not in self.plan:
+                near = difflib.get_close_matches(path, list(self.plan), n=1, cutoff=0.0)
+                raise ValueError(f"a mask for {path!r}, which no rule adapts; the nearest adapted path is {near[0]!r}")
         leaves: dict[str, Any] = dict(frozen.base) if onto is None else by_path(onto, is_leaf=is_bound)[0]
         for path, choice in self.plan.items():
             if isinstance(choice, Full):
@@ -149,6 +155,10 @@ class Adapt:
             total = total + jnp.sum(over_stack(self.sites[path], one)(trainable[path]))
         return total
 
+    def count(self, trainable: Mapping[str, Any] | None = None) -> int:
+        """Number of trained parameters."""
+        return parameters(self.shapes[0] if trainable is None else trainable)
+
     def _checked(self, params: Any) -> dict[str, jax.Array]:
         """path -> leaf, after comparing paths and shapes with the traced ones."""
         leaves, _ = by_path(params)
@@ -185,7 +195,7 @@ def _factors(variant: Variant, site: Site, adapter: Any, w: Any) -> Any:
 
 
 def _for(variant: Variant, jitted: Any) -> Any:
-    """The function itself where the variant holds a traced number (many runs in one program), which no cache can key."""
+    """The plain function where the variant holds a traced number (many runs in one program): no cache can key that."""
     try:
         hash(variant)
     except TypeError:

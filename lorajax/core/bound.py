@@ -130,6 +130,11 @@ def is_bound(x: Any) -> bool:
     return isinstance(x, Bound)
 
 
+def wide(dtype: Any) -> Any:
+    """float32, or float64 for that: what sums are taken in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def product(a: Factor, b: Factor, ndim: int) -> jax.Array:
     """sum_r a b, spread over `ndim` weight dimensions (size 1 where neither runs)."""
     both = [d for d in a.dims if d in b.dims and d != RANK]
@@ -143,7 +148,7 @@ def product(a: Factor, b: Factor, ndim: int) -> jax.Array:
 def dense(node: Bound) -> jax.Array:
     """W' as one array of the weight's shape and dtype, summed in float32 or better. Dropout is not part of it."""
     every = tuple(range(node.ndim))
-    compute = jnp.promote_types(node.dtype, jnp.float32)
+    compute = wide(node.dtype)
     w = node.w.astype(compute)
     scales = [term.g.astype(compute).spread(every) for term in node.terms if term.g is not None]
     if len(scales) == 1:

@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import Literal
+from jax.extend.core import Literal as Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-__all__ = ["Literal", "Operation", "bind", "constants", "explicit_mesh", "name_stack", "named", "open_jaxpr", "place",
-           "scan_counts", "scope", "shardings_given", "subjaxprs", "where"]
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
@@ -95,6 +92,11 @@ def _trailing(outer: Sequence[Any], inner: Sequence[Any]) -> int:
             break
         count += 1
     return count
+
+
+def manual_axes(eqn: Any) -> Any:
+    """The mesh axes that a shard_map equation makes manual."""
+    return eqn.params["newly_manual_axes"] if "newly_manual_axes" in eqn.params else eqn.params["manual_axes"]
 
 
 def shardings_given(eqn: Any) -> bool:

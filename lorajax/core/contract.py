@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorajax.core import compat
-from lorajax.core.bound import RANK, Bound, Factor, Term, dense
+from lorajax.core.bound import RANK, Bound, Factor, Term, dense, wide
 from lorajax.core.structure import Decline
 
 
@@ -70,8 +70,9 @@ def dropped(term: Term, x: Labelled) -> Labelled:
 
 
 def scale(y: jax.Array, g: jax.Array) -> jax.Array:
-    """y times a broadcastable scale, in the scale's (float32) precision, back in y's dtype."""
-    return (y.astype(jnp.promote_types(y.dtype, g.dtype)) * g).astype(y.dtype)
+    """y times a broadcastable scale, in float32 or better, back in y's dtype."""
+    compute = wide(y.dtype)
+    return (y.astype(compute) * g.astype(compute)).astype(y.dtype)
 
 
 def dot_general(eqn, left, right) -> jax.Array:

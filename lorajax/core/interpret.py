@@ -28,6 +28,8 @@ class Interpreter:
     def __init__(self, report: Report):
         self.report = report
         self.jitted: dict[int, tuple[Any, Any]] = {}
+        self.around: list[Any] = []
+        """The equations that the current one stands in, outermost first."""
         self.depth = 0
         """Loops and jitted functions around the current equation: what stands inside one is traced once anyway."""
 
@@ -67,7 +69,11 @@ class Interpreter:
         name = eqn.primitive.name
         try:
             if name in FLOW:
-                return FLOW[name](self, eqn, values)
+                self.around.append(eqn)
+                try:
+                    return FLOW[name](self, eqn, values)
+                finally:
+                    self.around.pop()
             rules = structure.RULES if name in structure.RULES else contract.RULES if self.depth else contract.SHARED
             if name not in rules:
                 raise Decline("no rule for this primitive")
@@ -76,11 +82,15 @@ class Interpreter:
         except Decline as why:
             return compat.bind(eqn, [self.merge(v, eqn, str(why)) for v in values])
 
+    def line(self, eqn: Any) -> str:
+        """The user's source line of an equation; of the call around it, where the equation is in a library."""
+        return next(filter(None, map(compat.where, (eqn, *reversed(self.around)))), "an unknown line")
+
     def merge(self, value: Any, eqn: Any, why: str) -> Any:
         """A bound weight as a dense array, reported; any other value as it is. `eqn` None: the function returns it."""
         if not is_bound(value):
             return value
-        name, line = (eqn.primitive.name, compat.where(eqn)) if eqn else ("return", "the end of the function")
+        name, line = (eqn.primitive.name, self.line(eqn)) if eqn else ("return", "the end of the function")
         if any(term.key is not None for term in value.terms):
             raise ValueError(f"{value.path}: its adapter has dropout, but `{name}` at {line} needs the merged weight "
                              f"({why}), which no input dropout fits: set dropout=0 for this path")
@@ -247,8 +257,10 @@ def _shard_map(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[A
     def body(*args):
         return [self.merge(v, eqn, "a shard_map returns it") for v in self.closed(p["jaxpr"], args)]
 
-    return jax.shard_map(body, mesh=p["mesh"], in_specs=tuple(map(spec, values, p["in_specs"])),
-                         out_specs=list(p["out_specs"]), check_vma=p["check_vma"], axis_names=p["manual_axes"])(*values)
+    mapped = jax.shard_map(body, mesh=p["mesh"], in_specs=tuple(map(spec, values, p["in_specs"])),
+                           out_specs=list(p["out_specs"]), check_vma=p["check_vma"],
+                           axis_names=compat.manual_axes(eqn))
+    return mapped(*values)
 
 
 def _custom(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorajax.core.walk import NOTHING, Findings, Product, Use, View, walk
+from lorajax.core.walk import Activation, Findings, Product, Use, View, walk
 
 ATTENTION = frozenset({"query", "key", "value", "output"})
 
@@ -148,7 +148,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     inputs = [jax.ShapeDtypeStruct(rest[i].shape, rest[i].dtype) for i in arrays]
     jaxpr = jax.make_jaxpr(call)(list(shapes.values()), inputs)
     views = [View(path, tuple((i,) for i in range(len(s.shape)))) for path, s in shapes.items()]
-    seen = walk(jaxpr, [*views, *[NOTHING] * len(inputs)])
+    seen = walk(jaxpr, [*views, *[Activation(data=True)] * len(inputs)])
     roles = _roles(seen)
     found = {path: Site(path, s.shape, s.dtype, tuple(seen.uses[path]), frozenset(roles.get(path, ())),
                         tuple(seen.others.get(path, ())))

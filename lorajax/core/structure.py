@@ -231,8 +231,8 @@ def divide(eqn, left, right) -> Bound:
 RULES: dict[str, Callable[..., Bound | list[Bound]]] = {
     "transpose": transpose, "squeeze": squeeze, "broadcast_in_dim": expand, "reshape": reshape, "slice": slice_,
     "dynamic_slice": dynamic_slice, "split": split, "rev": rev, "convert_element_type": convert, "copy": everywhere,
-    "copy_p": everywhere, "pvary": everywhere, "pcast": everywhere, "mesh_cast": everywhere,
-    "sharding_constraint": weight_only, "reshard": reshard,
+    "copy_p": everywhere, "stop_gradient": everywhere, "pvary": everywhere, "pcast": everywhere,
+    "mesh_cast": everywhere, "sharding_constraint": weight_only, "reshard": reshard,
     "all_gather": all_gather, "all_gather_invariant": all_gather, "reduce_sum": reduce_sum, "neg": negate,
     "mul": multiply, "div": divide,
 }

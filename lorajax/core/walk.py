@@ -50,6 +50,8 @@ class Activation(NamedTuple):
 
     sources: frozenset[Any] = frozenset()
     marks: tuple[Any, ...] = ()
+    data: bool = False
+    """Whether the function's inputs had a part in it; if not it is made of params and constants alone."""
 
 
 NOTHING = Activation()
@@ -123,6 +125,11 @@ class Walker:
             return values
         for i in views:
             self.found.others.setdefault(values[i].path, {})[name] = None
+        if not any(isinstance(v, Activation) and v.data for v in values):  # a weight made of params (weight norm)
+            same = [values[i] for i in views if len(eqn.outvars) == 1 and len(eqn.outvars[0].aval.shape) > 1
+                    and eqn.invars[i].aval.shape == eqn.outvars[0].aval.shape]
+            if same:
+                return [same[0]]
         return self.activation(eqn, [NOTHING if isinstance(v, View) else v for v in values])
 
     def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -130,10 +137,10 @@ class Walker:
         xs = []
         for v in values[n + m:]:
             xs.append(View(v.path, v.dims[1:], v.loose.union(v.dims[0])) if isinstance(v, View)
-                      else Activation(v.sources, v.marks[1:]))
+                      else Activation(v.sources, v.marks[1:], v.data))
         out = self.loop(eqn.params["jaxpr"], values[:n], values[n:n + m], xs)
-        return out[:m] + [View(v.path, ((), *v.dims), v.loose) if isinstance(v, View) else Activation(v.sources)
-                          for v in out[m:]]
+        return out[:m] + [View(v.path, ((), *v.dims), v.loose) if isinstance(v, View)
+                          else Activation(v.sources, (), v.data) for v in out[m:]]
 
     def loop(self, body: Any, consts: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
         """Twice, since what an iteration hands on may feed the next."""
@@ -145,7 +152,7 @@ class Walker:
 
     def consume(self, view: View, use: Use, data: Activation) -> bool:
         """Records one consumption; False if the leaf does not act as a matrix there."""
-        if not use.in_axes or not use.out_axes:
+        if not use.in_axes or not use.out_axes or set(use.in_axes).intersection(use.out_axes):
             return False
         self.found.uses.setdefault(view.path, {})[use] = None
         self.found.feeds.setdefault(view.path, set()).add(data.sources)
@@ -159,7 +166,7 @@ class Walker:
         contracted, batch = _numbers(eqn, side)
         taken = {*contracted, *batch}
         use = Use("matmul", _axes(view, contracted), _axes(view, [d for d in range(len(view.dims)) if d not in taken]))
-        return Activation(frozenset([view.path])) if self.consume(view, use, data) else None
+        return Activation(frozenset([view.path]), (), data.data) if self.consume(view, use, data) else None
 
     def ragged(self, eqn: Any, values: list[Any], side: int) -> Activation | None:
         view, numbers = values[side], eqn.params["ragged_dot_dimension_numbers"]
@@ -167,13 +174,13 @@ class Walker:
         kept = [d for d in range(len(view.dims)) if d not in (*contracted, *numbers.rhs_group_dimensions)]
         use = Use("matmul", _axes(view, contracted), _axes(view, kept))
         ok = side == 1 and self.consume(view, use, values[0])
-        return Activation(frozenset([view.path])) if ok else None
+        return Activation(frozenset([view.path]), (), values[0].data) if ok else None
 
     def conv(self, eqn: Any, values: list[Any], side: int) -> Activation | None:
         view, (out, *window) = values[side], eqn.params["dimension_numbers"].rhs_spec
         use = Use("conv", _axes(view, window), _axes(view, [out]))
         ok = side == 1 and self.consume(view, use, values[0])
-        return Activation(frozenset([view.path])) if ok else None
+        return Activation(frozenset([view.path]), (), values[0].data) if ok else None
 
     def gather(self, eqn: Any, values: list[Any], side: int) -> Any:
         view, p = values[side], eqn.params["dimension_numbers"]
@@ -186,14 +193,15 @@ class Walker:
             dims = tuple(view.dims[names[i]] if i in names else () for i in range(len(names) + len(batch)))
             return View(view.path, dims, view.loose.union(_axes(view, p.start_index_map)))
         use = Use("lookup", _axes(view, p.start_index_map), _axes(view, rest))
-        return Activation(frozenset([view.path])) if self.consume(view, use, NOTHING) else None
+        return Activation(frozenset([view.path]), (), True) if self.consume(view, use, NOTHING) else None
 
     def activation(self, eqn: Any, values: list[Activation]) -> list[Any]:
         """Data through an operation without weights."""
         sources = frozenset().union(*[v.sources for v in values])
         if eqn.primitive.name == "dot_general":
             return [self.product(eqn, *values)]
-        return [Activation(sources, _marks(eqn, values, out)) for out in eqn.outvars]
+        data = any(v.data for v in values)
+        return [Activation(sources, _marks(eqn, values, out), data) for out in eqn.outvars]
 
     def product(self, eqn: Any, left: Activation, right: Activation) -> Activation:
         """A product of activations. softmax(q k) v shows as two of them, the second contracting the keys' dimension."""
@@ -215,7 +223,7 @@ class Walker:
         marks_out: list[Any] = [None] * len(batch_l)
         marks_out += [(made, True)] * (shapes[0] - len(contract_l) - len(batch_l))
         marks_out += [(made, False)] * (shapes[1] - len(contract_r) - len(batch_r))
-        return Activation(frozenset([made]), tuple(marks_out))
+        return Activation(frozenset([made]), tuple(marks_out), left.data or right.data)
 
 
 def joined(*values: Any) -> Any:
@@ -224,7 +232,7 @@ def joined(*values: Any) -> Any:
     if len(views) == len(values) and all(v == views[0] for v in views):
         return views[0]
     data = [v for v in values if isinstance(v, Activation)] or [NOTHING]
-    return Activation(frozenset().union(*[v.sources for v in data]), data[0].marks)
+    return Activation(frozenset().union(*[v.sources for v in data]), data[0].marks, any(v.data for v in data))
 
 
 def _numbers(eqn: Any, side: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -233,7 +241,7 @@ def _numbers(eqn: Any, side: int) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def _axes(view: View, dims: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(axis for d in dims for axis in view.dims[d]))
+    return tuple(sorted({axis for d in dims for axis in view.dims[d]}))
 
 
 def layout(eqn: Any, view: View) -> list[View] | None:
