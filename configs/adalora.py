@@ -29,16 +29,15 @@ PAPER = {
 }
 # Not in the paper: tuned here (reviews), or RTE's recipe for the other task of a few hundred pairs (wnli).
 OURS = {
-    "reviews": (1.5e-3, 2, 0.1, 50, 10, 150, 32, 30, 64, 0.0, 0.01, 8480),
+    "reviews": (1.5e-3, 2, 0.1, 50, 10, 150, 32, 30, 64, 0.0, 0.01, 9515),
     "wnli": (1.2e-3, 50, 0.3, 600, 1, 1800, 32, 200, 320, 0.20, 0.01, 635),
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = config.arguments(arg, task="reviews", model="minilm", rank=8, targets="all-linear", smoke=False)
-    table = PAPER | OURS
-    config.choose("task", args.task, table)
-    lr, epochs, gamma, t_initial, delta_t, t_final, alpha, warmup, length, dropout, decay, rows = table[args.task]
+    row = config.choose("task", args.task, PAPER | OURS)
+    lr, epochs, gamma, t_initial, delta_t, t_final, alpha, warmup, length, dropout, decay, rows = row
     steps = -(-rows // 32) * epochs
     c = ConfigDict()
     c.args = args

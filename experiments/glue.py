@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
         state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
-        best: dict[str, Any] = {"score": None, "step": 0}
+        best: dict[str, Any] = {"step": 0, "scores": {}}  # by the task's headline metric
         if saved.latest() is not None:
             state, best = saved.restore(state)
         step = int(state.step)
@@ -90,9 +90,9 @@ def main(argv: list[str]) -> None:
         n, epoch = c.steps_per_call, len(batches["train"])
         eval_every, save_every = (build.every(p, epoch, n) for p in (c.eval_every, c.save_every))
         log_every = build.every(c.log_every, epoch, n)
-        feed = calls(batches["train"], accumulate=c.accumulate, steps_per_call=n)
+        made = calls(batches["train"], accumulate=c.accumulate, steps_per_call=n)
         with Progress(total, done=step) as bar:
-            for start, batch in ahead(feed, range(step, total, n)):
+            for start, batch in ahead(lambda step: jax.device_put(made(step)), range(step, total, n)):
                 state, metrics = step_fn(state, frozen, batch)
                 step = start + n
                 if not np.all(metrics["finite"]):
@@ -107,10 +107,10 @@ def main(argv: list[str]) -> None:
                 if step % eval_every == 0 or step == total:
                     scores = evaluate(predict, state.trainable, frozen, found, batches)
                     run.log(step, scores | size(state.control), prefix="eval/")
-                    score = scores[found.task.headline]
                     bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-                    improved = step >= build.settled(c, total) and (best["score"] is None or score > best["score"])
-                    best = {"score": score, "step": step} if improved else best
+                    better = scores[found.task.headline] > best["scores"].get(found.task.headline, -np.inf)
+                    improved = better and step >= build.settled(c, total)
+                    best = {"step": step, "scores": scores} if improved else best
                 if improved or step % save_every == 0 or step == total or stop:
                     saved.save(step, state, best, best=improved)
                 if stop:
@@ -121,15 +121,15 @@ def main(argv: list[str]) -> None:
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
         adapter.save(folder / "adapter", adapt.plan, state.trainable, frozen.aux, base=model.fingerprint)
-        scores = evaluate(predict, state.trainable, frozen, found, batches)
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         if c.probe:
             baselines["head on the frozen encoder"] = probe(model, found, batches)
         seconds = time.monotonic() - began
-        report(c, found.task, baselines, scores, best, trained, seconds)
-        summary = {"task": found.task.name, "headline": found.task.headline, "scores": scores, **size(state.control)}
-        summary |= {"best_step": best["step"], "steps": total, "trainable_parameters": trained, "baselines": baselines}
+        report(c, found.task, baselines, best, trained, seconds)
+        summary = {"task": found.task.name, "headline": found.task.headline, "scores": best["scores"]}
+        summary |= {"best_step": best["step"], "steps": total, "baselines": baselines}
+        summary |= {"trainable_parameters": trained, **size(state.control)}
         summary |= {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
         summary |= {"device": jax.devices()[0].device_kind, "seed": c.seed, "name": launch.name}
         run.finish(summary)
@@ -209,10 +209,10 @@ def diagnose(c: Any, loss: Any, adapt: Any, state: Any, frozen: Any, batch: Any,
             f"A smaller --config.lr, a longer --config.warmup or --config.compute_dtype=float32 may help")
 
 
-def report(c: Any, task: data.Task, baselines: Any, scores: Any, best: Any, trained: int, seconds: float) -> None:
+def report(c: Any, task: data.Task, baselines: Any, best: Any, trained: int, seconds: float) -> None:
     print(f"\n{task.name}, {c.args.model}, {c.variant.name}, seed {c.seed}: {trained:,} trained parameters, "
           f"{seconds:.0f} s on {jax.devices()[0].device_kind}")
-    for name, row in (baselines | {f"this run (best, step {best['step']})": scores}).items():
+    for name, row in (baselines | {f"this run (best, step {best['step']})": best["scores"]}).items():
         print(f"  {name:<28}" + "  ".join(f"{metric} {value:.4f}" for metric, value in row.items()))
 
 
