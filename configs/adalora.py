@@ -59,9 +59,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.compute_dtype = "auto"
     c.scan_layers = False
     c.remat = "none"
-    # Optimizer: AdamW. warmup: a fraction of the run. lora_plus: ratio of the learning rates of B and A.
+    # Optimizer: AdamW. warmup: a fraction of the run. head_lr: 0 is lr. lora_plus: ratio of B's
+    # learning rate to A's.
     c.lr = lr
-    c.head_lr = lr
+    c.head_lr = 0.0
     c.epochs = float(epochs)
     c.warmup = round(warmup / steps, 4)
     c.schedule = "linear"

@@ -25,13 +25,15 @@ from lorajax.io import adapter
 from lorajax.io.assets import cache_folder
 from lorajax.models import Bert
 from lorajax.train.blame import blame
-from lorajax.train.checkpoint import Checkpoints
+from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
 from lorajax.train.progress import Progress
-from lorajax.train.run import EXIT_INTERRUPTED, Run, run_folder, stop_on_signal
+from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal
 from lorajax.train.step import init_state, make_eval, make_step
 
 # Keys that change no number: a run may be resumed with other values.
-FREE = ("log_every", "eval_batch", "probe")
+FREE = ("log_every", "probe")
+# Errors that say what to do: no traceback.
+EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, FileNotFoundError, ConnectionError)
 
 
 def main(argv: list[str]) -> None:
@@ -226,5 +228,5 @@ def compile_cache() -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except config.ConfigError as error:
+    except EXPLAINED as error:
         raise SystemExit(f"error: {error}") from None

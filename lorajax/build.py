@@ -147,14 +147,14 @@ def every(steps: int, per_epoch: int, steps_per_call: int) -> int:
 
 
 def optimizer(config: ConfigDict, adapt: Adapt, model: Model, total: int) -> optax.GradientTransformation:
-    """AdamW (LoRA+ if `lora_plus` is not 1) with warm-up and decay; the head learns at `head_lr`."""
+    """AdamW (LoRA+ if `lora_plus` is not 1) with warm-up and decay; the head learns at `head_lr` (0: `lr`)."""
     schedule = optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
     if config.lora_plus == 1:
         tx = optim.adamw(schedule, config.weight_decay)
     else:
         tx = optim.lora_plus(schedule, config.lora_plus, labels=adapt.labels, weight_decay=config.weight_decay)
     # AdamW's update, decay included, is proportional to its learning rate: scaling it is a learning rate of its own.
-    return optax.chain(tx, scale_paths({path: config.head_lr / config.lr for path in model.fresh}))
+    return optax.chain(tx, scale_paths({path: (config.head_lr or config.lr) / config.lr for path in model.fresh}))
 
 
 def scale_paths(factors: dict[str, float]) -> optax.GradientTransformation:
@@ -185,8 +185,8 @@ def controller(config: ConfigDict, adapt: Adapt, total: int) -> control.Controll
 
     def adalora() -> control.Controller:
         c = config.controller
-        fixed: dict[str, Any] = {"target_rank": c.target_rank, "beta1": c.beta1, "beta2": c.beta2}
-        return control.adalora(adapt, total_steps=total, **fixed, **stretch(config, total))
+        settings: dict[str, Any] = {"target_rank": c.target_rank, "beta1": c.beta1, "beta2": c.beta2}
+        return control.adalora(adapt, total_steps=total, **(settings | stretch(config, total)))
 
     return choose("controller", config.controller.name, {"identity": control.identity, "adalora": adalora})()
 

@@ -92,13 +92,15 @@ def test_head_learning_rate(files):
 
 
 def test_lora_plus_ratio(files):
-    c = parse(files, "lora", ",targets=qv", "--config.lora_plus=16", "--config.lr=1e-3", "--config.head_lr=1e-3",
+    c = parse(files, "lora", ",targets=qv", "--config.lora_plus=16", "--config.lr=1e-3",
               "--config.warmup=0", "--config.weight_decay=0")  # fmt: skip
     _, model, _, adapt = adapted(c)
     trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
     updates = first_updates(build.optimizer(c, adapt, model, 10), trainable)
     site = updates["params/layer_0/attention/query/kernel"]
-    np.testing.assert_allclose(site.B / site.A[0, 0], 16.0, rtol=1e-5)
+    np.testing.assert_allclose(site.A, -1e-3, rtol=1e-5)
+    np.testing.assert_allclose(site.B, -16e-3, rtol=1e-5)
+    np.testing.assert_allclose(updates["params/classifier/kernel"].w, -1e-3, rtol=1e-5)  # head_lr=0: lr
 
 
 def test_steps_come_in_whole_calls(files):

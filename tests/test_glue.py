@@ -224,6 +224,21 @@ def test_a_typo_is_one_line_and_a_failure():
     ]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config=configs/lora.py:task=sst2", "--config.data=nowhere"], "nowhere is neither a folder nor a hub id"),
+        (["--config=configs/lora.py:task=sst2,model=./nowhere", "--config.data={data}"], "folder './nowhere'"),
+    ],
+)
+def test_a_missing_asset_is_an_error_that_helps(files, tmp_path, flags, said):
+    done = start([flag.format(data=files[1]) for flag in flags] + [f"--workdir={tmp_path}"])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+
+
 def environment():
     # One CPU device, as a user has it; the tests' own eight are a detail of theirs.
     return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
