@@ -10,6 +10,7 @@ The time says nothing about the speed of a step: see experiments.bench.flops.
 import argparse
 import gc
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -44,9 +45,9 @@ def programs(style: Style, layers: int) -> dict[str, Callable[[], Any]]:
     return {"plain": plain, "lifted": lifted}
 
 
-def functions(lowered: Any) -> int:
-    """How many functions the lowered program has: identical jitted layers share theirs."""
-    return lowered.as_text().count("func.func ")
+def functions(lowered: Any, name: str = "") -> int:
+    """How many functions, with names that start so, the lowered program has: identical jitted layers share theirs."""
+    return len(re.findall(rf"func\.func \w+ @{name}", lowered.as_text()))
 
 
 def seconds(run: Callable[[], Any]) -> float:
