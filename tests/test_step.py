@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lorajax as lj
 from lorajax.control.adalora import adalora
 from lorajax.control.controller import Controller
+from lorajax.optim import freeze_ranks
 from lorajax.train.step import init_state, make_eval, make_step
 
 N_IN, RANK, N_OUT, BATCH = 4, 2, 3, 8
@@ -210,6 +211,34 @@ def test_masks_are_drawn_once_per_step_and_shared_by_the_micro_batches():
         np.testing.assert_allclose(state.trainable["w"].b, trainable["w"].b - 1e-3 * gb, rtol=1e-5, atol=1e-6)
         assert state.control["count"] == t + 1
     assert seen == ["masks"]  # once in the one trace
+
+
+def test_frozen_ranks_stay_still_under_adam_and_decay():
+    """`freeze_ranks` gets each step's masks: momentum and decay do not move the rank left out."""
+    params, x = {"w": jax.random.normal(jax.random.key(1), (N_IN, N_OUT))}, jnp.ones((BATCH, N_IN))
+
+    def model(params, x):
+        return x @ params["w"]
+
+    adapt = lj.adapt(lj.sites(model, params, x), [("w", lj.LoRA(rank=RANK))])
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    trainable = jax.tree.map(lambda leaf: leaf + 0.5, trainable)
+    tx = optax.chain(optax.adamw(0.1, weight_decay=0.1), freeze_ranks(adapt.plan))
+    controller = counting_masks([])
+
+    def loss(bound, batch, key):
+        return jnp.mean(lj.lift(model, strict=True)(bound, batch) ** 2), {}
+
+    state = init_state(jax.random.key(0), trainable, tx, controller)
+    step = make_step(loss, adapt, tx, controller)
+    for t in range(4):
+        before = host(state.trainable)["w"]
+        state, _ = step(state, frozen, x)
+        after = host(state.trainable)["w"]
+        still, moving = 1 - t % 2, t % 2
+        np.testing.assert_array_equal(after.A[:, still], before.A[:, still])
+        np.testing.assert_array_equal(after.B[still], before.B[still])
+        assert np.all(after.A[:, moving] != before.A[:, moving])
 
 
 def test_the_controller_gets_clipped_gradients_and_both_sides_of_the_step():

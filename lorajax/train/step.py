@@ -38,13 +38,14 @@ class TrainState(NamedTuple):
 
 class Gradients(NamedTuple):
     """loss, penalty, weight: () float32, `weight` the number of real examples; aux: the loss function's own scalars;
-    grads: the structure of `trainable`, float32 at least, of loss + penalty, before clipping."""
+    grads: the structure of `trainable`, float32 at least, of the sum, before clipping. masks: of the controller."""
 
     loss: jax.Array
     penalty: jax.Array
     weight: jax.Array
     aux: dict[str, jax.Array]
     grads: Any
+    masks: Any = None
 
 
 def init_state(
@@ -76,6 +77,7 @@ def make_step(
 
     loss: see `Loss`. Its key drives the model's own dropout and differs from the key of the adapters' dropout.
     adapt: what `lorajax.adapt` returns (`bind` and `penalty` are used). controller: see `lorajax.control`, or None.
+    tx: any optax transformation; one that takes `masks` (`lorajax.optim.freeze_ranks`) gets the controller's.
     clip: largest global norm of the gradient, None for no clipping.
     accumulate: n > 1 gives every batch leaf a leading axis of n micro-batches. A micro-batch counts by the sum of its
       `batch["weight"]` (1 each where there is no such leaf), so n micro-batches give the gradient of the one big batch.
@@ -94,14 +96,16 @@ def make_step(
         raise ValueError(f"clip={clip} must be positive; None turns clipping off")
     controller = controller or identity()
     gradients = make_gradients(loss, adapt, controller, accumulate=accumulate)
+    tx = optax.with_extra_args_support(tx)
 
     def one(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         found = gradients(state, frozen, batch)
         norm = optax.tree.norm(found.grads)
         scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, state.trainable)
+        masks = {} if found.masks is None else {"masks": found.masks}
         with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to powers of int32 counters
-            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable, **masks)
         new = optax.apply_updates(state.trainable, updates)
         new, control = controller.update(grads, state.trainable, new, state.control)
         total = found.loss + found.penalty
@@ -151,7 +155,7 @@ def make_gradients(
             (value, aux, grads), weight = _weighted_mean(micro, batch, accumulate)
         penalty, pull = jax.value_and_grad(lambda t: _wide(adapt.penalty(t)))(state.trainable)
         grads = jax.tree.map(lambda g, p: g + p.astype(g.dtype), grads, pull)
-        return Gradients(value, penalty, weight, aux, grads)
+        return Gradients(value, penalty, weight, aux, grads, masks)
 
     return gradients
 
