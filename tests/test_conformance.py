@@ -104,8 +104,8 @@ def test_factors_and_delta_agree(row: Row) -> None:
     assert delta.shape == (12, 8)
     assert np.abs(delta).max() > 0.01
     if row.variant.factored:
-        a, b, g, g_in = (None if x is None else np.float64(x) for x in row.variant.factors(adapter, weight()))
-        new = np.float64(weight()) + (0 if a is None else a @ b)
+        a, b, g, g_in, s = (None if x is None else np.float64(x) for x in row.variant.factors(adapter, weight()))
+        new = np.float64(weight()) + (0 if a is None else (1 if s is None else s) * a @ b)
         new = new * (1 if g is None else g[None, :]) * (1 if g_in is None else g_in[:, None])
         np.testing.assert_allclose(np.float64(weight()) + delta, new, atol=1e-5)
 

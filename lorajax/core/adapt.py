@@ -115,12 +115,16 @@ class Adapt:
         return adapter._replace(**{name: apply(name, x) for name, x in adapter._asdict().items()})
 
     def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, key: jax.Array | None) -> Term:
-        a, b, g = _for(choice, _factors)(choice, _layout(site), adapter, w if choice.reads_weight else None)
+        if choice.reads_weight:
+            term = _for(choice, _shared_term)(choice, _layout(site), adapter, w)
+        else:
+            term = _term(choice, site, adapter, None)
         if key is None or (isinstance(choice.dropout, (int, float)) and choice.dropout == 0):
-            return Term(a, b, g)
+            return term
         key = fold(key, site.path)
         keys = jax.random.split(key, site.stack_shape) if site.stack_axes else key
-        return Term(a, b, g, Factor(keys, site.stack_axes), Factor(jnp.asarray(choice.dropout, jnp.float32), ()))
+        rate = Factor(jnp.asarray(choice.dropout, jnp.float32), ())
+        return term._replace(key=Factor(keys, site.stack_axes), rate=rate)
 
     def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *,
               masks: Mapping[str, jax.Array] | None = None) -> Any:
@@ -184,14 +188,23 @@ def _init_matrices(variant: Variant, site: Site, key: jax.Array, w: jax.Array, s
     return over_stack(site, variant.init)(keys, m, stats)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _factors(variant: Variant, site: Site, adapter: Any, w: Any) -> Any:
-    """Jitted, so that equal layers share one traced and differentiated function."""
-    if w is None:
-        factors = over_stack(site, lambda adapter: variant.factors(adapter, None))(adapter)
-    else:
-        factors = over_stack(site, variant.factors)(adapter, matrix(site, w).astype(jnp.float32))
-    return aligned(site, factors)
+def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None) -> Term:
+    """The variant's factors for every matrix of the site, aligned; a scale that is a Python number stays one."""
+    numbers = []
+
+    def one(adapter: Any, w: Any) -> Any:
+        found = variant.factors(adapter, w)
+        if isinstance(found.s, (int, float)):
+            numbers.append(found.s)
+            found = found._replace(s=None)
+        return found
+
+    factors = over_stack(site, one)(adapter, None if w is None else matrix(site, w).astype(jnp.float32))
+    return aligned(site, factors._replace(s=numbers[0]) if numbers else factors)
+
+
+_shared_term = jax.jit(_term, static_argnums=(0, 1))
+"""For a variant that reads its weight: equal layers share one traced and differentiated function."""
 
 
 def _for(variant: Variant, jitted: Any) -> Any:

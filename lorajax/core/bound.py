@@ -4,11 +4,12 @@ A `Factor` names the dimension of the weight that each of its own dimensions run
 transposed, squeezed, scanned or split weight needs no bookkeeping about which side is in and which is out: the factors
 are renamed along. With ``g`` the product of scales, a bound weight means
 
-    W' = g W + sum over terms of (sum_r a[..., r] b[..., r])
+    W' = g W + sum over terms of s (sum_r a[..., r] b[..., r])
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -51,11 +52,19 @@ class Factor:
         return f"Factor({getattr(self.array, 'shape', self.array)}, dims={self.dims})"
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Number:
+    """A Python number in a tree, known while tracing."""
+
+    value: float
+
+
 class Term(NamedTuple):
     """One adapter on one weight; every part may be None.
 
-    a, b: low-rank factors, `b` already scaled. g: scale of the weight (DoRA, IA3), along its out or in dimensions.
-    key, rate: dropout of the input of this adapter; `key` runs along stack dimensions only.
+    a, b: low-rank factors. g: scale of the weight (DoRA, IA3), along its out or in dimensions.
+    key, rate: dropout of the input of this adapter; `key` runs along stack dimensions only. s: scale of a b.
     """
 
     a: Factor | None = None
@@ -63,6 +72,11 @@ class Term(NamedTuple):
     g: Factor | None = None
     key: Factor | None = None
     rate: Factor | None = None
+    s: Number | None = None
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """x, some part of a product with a and b, times s."""
+        return x if self.s is None else x * jnp.asarray(self.s.value, x.dtype)
 
 
 class Name(str):
@@ -115,12 +129,14 @@ class Bound:
 
     def factors(self) -> list[Factor]:
         """Every Factor of every term."""
-        return [f for term in self.terms for f in term if f is not None]
+        return [f for term in self.terms for f in term if isinstance(f, Factor)]
 
     def map(self, w: Any, change) -> Bound:
         """A node with weight `w` and `change` applied to each Factor."""
-        terms = tuple(Term(*(None if f is None else change(f) for f in term)) for term in self.terms)
-        return Bound(w, terms, self.path)
+        def each(term: Term) -> Term:
+            return term._replace(**{k: change(f) for k, f in term._asdict().items() if isinstance(f, Factor)})
+
+        return Bound(w, tuple(map(each, self.terms)), self.path)
 
     def __repr__(self):
         return f"Bound({str(self.path)!r}, {self.w.shape}, terms={self.terms})"
@@ -157,5 +173,5 @@ def dense(node: Bound) -> jax.Array:
         w = w * sum((g - 1 for g in scales), jnp.ones((), compute))
     for term in node.terms:
         if term.a is not None and term.b is not None:
-            w = w + product(term.a.astype(compute), term.b.astype(compute), node.ndim)
+            w = w + term.scaled(product(term.a.astype(compute), term.b.astype(compute), node.ndim))
     return w.astype(node.dtype)

@@ -105,7 +105,7 @@ def dot_general(eqn, left, right) -> jax.Array:
         if term in redo:  # with dropout, (g - 1) acts on the dropped input: a second base product
             y = y + scale(base(xt), term.g.spread(out) - 1)
         if term.a is not None and term.b is not None:
-            y = y + low_rank(term.a, term.b, xt, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
+            y = y + low_rank(term, term.a, term.b, xt, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
     return y
 
 
@@ -128,14 +128,16 @@ def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int
     return x, total, redo
 
 
-def low_rank(a: Factor, b: Factor, x: Labelled, out, contracted: set[int], node_left: bool, mesh, y, how) -> jax.Array:
-    """(x a) b in the dimensions `out`, whichever factor spans the contracted dimensions first."""
+def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, out: tuple[int, ...], contracted: set[int],
+             node_left: bool, mesh: Any, y: jax.Array, how: dict[str, Any]) -> jax.Array:
+    """s (x a) b in the dimensions `out`, whichever factor spans the contracted dimensions first."""
     factors = sorted((a, b), key=lambda f: -_spanned(f, contracted))
     first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in factors)
     spec = _specs(mesh, x, first, second)
     keep = {*out, *second.labels}
     pair = (first, x) if node_left else (x, first)
     hidden = meet(*pair, keep, mesh, spec, precision=how["precision"])
+    hidden = hidden._replace(array=term.scaled(hidden.array))
     if mesh is not None:
         spec = dict(zip(out, compat.place(y), strict=True))
     pair = (second, hidden) if node_left else (hidden, second)
@@ -194,7 +196,7 @@ def conv(eqn, x, node) -> jax.Array:
         if groups > 1:
             kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
         params = dict(eqn.params, preferred_element_type=None)
-        hidden = eqn.primitive.bind(dropped(term, x).array, kernel, **params)
+        hidden = term.scaled(eqn.primitive.bind(dropped(term, x).array, kernel, **params))
         hidden = hidden.reshape(*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1:])
         b_array = Factor(b.array, b.dims).spread((out_dim, RANK)).reshape(groups, -1, rank)
         d = lax.dot_general(hidden, b_array, (((channel + 1,), (2,)), ((channel,), (0,))), **how)
@@ -241,7 +243,7 @@ def gather(eqn, node, indices) -> jax.Array | Bound:
     terms = []
     for t in node.terms:
         a, b = (f and rows(f, 0) for f in (t.a, t.b))
-        terms.append(Term(a, b, t.g and rows(t.g, 1)))
+        terms.append(Term(a, b, t.g and rows(t.g, 1), s=t.s))
     out = Bound(w, tuple(terms), node.path)
     inside = set(p.offset_dims)
     if all(t.a is None or t.b is None or not (inside.intersection(t.a.dims) and inside.intersection(t.b.dims))
@@ -281,7 +283,7 @@ def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
             else:
                 h = lax.dot_general(h, f.spread((into, to)), (((axis,), (0,)), ((), ())),
                                     precision=eqn.params["precision"])
-        y = y + h.astype(y.dtype)
+        y = y + term.scaled(h).astype(y.dtype)
     return y
 
 

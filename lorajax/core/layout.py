@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorajax.core.bound import RANK, Factor
+from lorajax.core.bound import RANK, Factor, Number, Term
 from lorajax.core.sites import Site
 from lorajax.core.variant import Factors
 
@@ -36,12 +36,14 @@ def over_stack(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def aligned(site: Site, factors: Factors) -> tuple[Factor | None, Factor | None, Factor | None]:
-    """A variant's factors (with leading stack dimensions) along the leaf's own dimensions: (a, b, scale).
+def aligned(site: Site, factors: Factors) -> Term:
+    """A variant's factors (with leading stack dimensions) along the leaf's own dimensions.
 
-    The scales end up inside a and b too, since W' = g_in (W + a b) g.
+    The scales g end up inside a and b too, since W' = g_in (W + s a b) g.
     """
-    a, b, g, g_in = factors
+    a, b, g, g_in, s = factors
+    if b is not None and s is not None and not isinstance(s, (int, float)):
+        b, s = b * s.reshape(*s.shape, 1, 1).astype(b.dtype), None
     if a is not None and g_in is not None:
         a = a * g_in[..., :, None]
     if b is not None and g is not None:
@@ -50,7 +52,8 @@ def aligned(site: Site, factors: Factors) -> tuple[Factor | None, Factor | None,
         raise ValueError(f"{site.path}: scales on both sides of one weight; give g or g_in")
     rank = None if a is None else a.shape[-1]
     scale = _along(site, g, site.out_axes) if g is not None else _along(site, g_in, site.in_axes)
-    return (_along(site, a, site.in_axes, after=rank), _along(site, b, site.out_axes, before=rank), scale)
+    return Term(_along(site, a, site.in_axes, after=rank), _along(site, b, site.out_axes, before=rank), scale,
+                s=None if s is None else Number(float(s)))
 
 
 def _along(site: Site, x: Any, axes: tuple[int, ...], before: int | None = None, after: int | None = None) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -82,6 +83,25 @@ class Sites(Mapping[str, Site]):
 
     def __len__(self) -> int:
         return len(self.found)
+
+    def stacked(self, pattern: str, *axes: int) -> Sites:
+        """These sites, with `axes` taken for stack axes where the whole path matches the regex `pattern`.
+
+        For what the trace cannot tell: an ensemble whose members all read one unbatched input looks like one wide
+        matrix. Raises ValueError if nothing matches or an axis is none of the site's.
+        """
+        found = dict(self.found)
+        for path, site in self.items():
+            if re.fullmatch(pattern, path):
+                if not set(axes) <= set(range(len(site.shape))):
+                    raise ValueError(f"{path} has shape {site.shape}: axes {axes} are not all among its dimensions")
+                uses = tuple(Use(u.op, tuple(a for a in u.in_axes if a not in axes),
+                                 tuple(a for a in u.out_axes if a not in axes)) for u in site.uses)
+                found[path] = replace(site, uses=uses)
+        if found == self.found:
+            raise ValueError(f"no site matches {pattern!r} with another axis than its stack axes; there are "
+                             f"{', '.join(list(self)[:3])}")
+        return replace(self, found=found)
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("path", "shape", "op", "in", "out", "stack", "role")]

@@ -199,7 +199,7 @@ def reduce_sum(eqn, node: Bound) -> Bound:
         parts = [f and Factor(jnp.sum(f.array, [i for i, d in enumerate(f.dims) if d in axes]),
                               tuple(d for d in f.dims if d not in axes)) for f in (t.a, t.b)]
         parts[1] = parts[1] and Factor(parts[1].array * repeats, parts[1].dims)
-        terms.append(Term(*parts))
+        terms.append(Term(parts[0], parts[1], s=t.s))
     renamed = Bound(node.w, tuple(terms), node.path).map(node.w, lambda f: rename(
         f, {d: d - sum(x < d for x in axes) for d in f.dims}))
     return Bound(compat.bind(eqn, [node.w])[0], renamed.terms, node.path)

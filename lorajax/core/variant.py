@@ -31,15 +31,17 @@ class Leaf(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """How a variant changes its weight: ``W' = g_in[:, None] * (W + a @ b) * g[None, :]``, any part may be None.
+    """How a variant changes its weight: ``W' = g_in[:, None] * (W + s * a @ b) * g[None, :]``, any part may be None.
 
-    a: (in, r); b: (r, out), the scale already inside; g: (out,), a scale per output unit; g_in: (in,), per input unit.
+    a: (in, r); b: (r, out); g: (out,), a scale per output unit; g_in: (in,), per input unit; s: a number, Python's or
+    traced.
     """
 
     a: jax.Array | None = None
     b: jax.Array | None = None
     g: jax.Array | None = None
     g_in: jax.Array | None = None
+    s: float | jax.Array | None = None
 
 
 class Variant(abc.ABC):
@@ -68,8 +70,8 @@ class Variant(abc.ABC):
 
     def delta(self, adapter: Any, w: jax.Array) -> jax.Array:
         """The update as one dense (in, out) float32 array, ``W' - W``. Derived from `factors` where those exist."""
-        a, b, g, g_in = self.factors(adapter, w)
-        new = w if a is None or b is None else w + a @ b
+        a, b, g, g_in, s = self.factors(adapter, w)
+        new = w if a is None or b is None else w + (a @ b if s is None else s * (a @ b))
         new = new if g is None else new * g[None, :]
         return (new if g_in is None else new * g_in[:, None]) - w
 

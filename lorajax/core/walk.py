@@ -24,6 +24,8 @@ class View(NamedTuple):
     dims: tuple[tuple[int, ...], ...]
     loose: frozenset[int] = frozenset()
     """Axes that a loop or an index already took away."""
+    beside: tuple[str, ...] = ()
+    """Further leaves, laid out alike, that were concatenated or stacked with this one."""
 
 
 class Use(NamedTuple):
@@ -125,21 +127,19 @@ class Walker:
             return values
         for i in views:
             self.found.others.setdefault(values[i].path, {})[name] = None
-        if not any(isinstance(v, Activation) and v.data for v in values):  # a weight made of params (weight norm)
-            same = [values[i] for i in views if len(eqn.outvars) == 1 and len(eqn.outvars[0].aval.shape) > 1
-                    and eqn.invars[i].aval.shape == eqn.outvars[0].aval.shape]
-            if same:
-                return [same[0]]
+        made = None if any(isinstance(v, Activation) and v.data for v in values) else composed(eqn, values)
+        if made is not None:
+            return [made]
         return self.activation(eqn, [NOTHING if isinstance(v, View) else v for v in values])
 
     def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         n, m = compat.scan_counts(eqn)
         xs = []
         for v in values[n + m:]:
-            xs.append(View(v.path, v.dims[1:], v.loose.union(v.dims[0])) if isinstance(v, View)
+            xs.append(View(v.path, v.dims[1:], v.loose.union(v.dims[0]), v.beside) if isinstance(v, View)
                       else Activation(v.sources, v.marks[1:], v.data))
         out = self.loop(eqn.params["jaxpr"], values[:n], values[n:n + m], xs)
-        return out[:m] + [View(v.path, ((), *v.dims), v.loose) if isinstance(v, View)
+        return out[:m] + [View(v.path, ((), *v.dims), v.loose, v.beside) if isinstance(v, View)
                           else Activation(v.sources, (), v.data) for v in out[m:]]
 
     def loop(self, body: Any, consts: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
@@ -154,11 +154,12 @@ class Walker:
         """Records one consumption; False if the leaf does not act as a matrix there."""
         if not use.in_axes or not use.out_axes or set(use.in_axes).intersection(use.out_axes):
             return False
-        self.found.uses.setdefault(view.path, {})[use] = None
-        self.found.feeds.setdefault(view.path, set()).add(data.sources)
         self.found.consumed.update(data.sources)
-        if any(isinstance(s, Product) and s.mixes_values for s in data.sources) and len(data.sources) == 1:
-            self.found.roles.setdefault(view.path, set()).add("output")
+        for path in (view.path, *view.beside):
+            self.found.uses.setdefault(path, {})[use] = None
+            self.found.feeds.setdefault(path, set()).add(data.sources)
+            if any(isinstance(s, Product) and s.mixes_values for s in data.sources) and len(data.sources) == 1:
+                self.found.roles.setdefault(path, set()).add("output")
         return True
 
     def dot(self, eqn: Any, values: list[Any], side: int) -> Activation | None:
@@ -166,7 +167,8 @@ class Walker:
         contracted, batch = _numbers(eqn, side)
         taken = {*contracted, *batch}
         use = Use("matmul", _axes(view, contracted), _axes(view, [d for d in range(len(view.dims)) if d not in taken]))
-        return Activation(frozenset([view.path]), (), data.data) if self.consume(view, use, data) else None
+        ok = self.consume(view, use, data)
+        return Activation(frozenset([view.path, *view.beside]), (), data.data) if ok else None
 
     def ragged(self, eqn: Any, values: list[Any], side: int) -> Activation | None:
         view, numbers = values[side], eqn.params["ragged_dot_dimension_numbers"]
@@ -174,13 +176,13 @@ class Walker:
         kept = [d for d in range(len(view.dims)) if d not in (*contracted, *numbers.rhs_group_dimensions)]
         use = Use("matmul", _axes(view, contracted), _axes(view, kept))
         ok = side == 1 and self.consume(view, use, values[0])
-        return Activation(frozenset([view.path]), (), values[0].data) if ok else None
+        return Activation(frozenset([view.path, *view.beside]), (), values[0].data) if ok else None
 
     def conv(self, eqn: Any, values: list[Any], side: int) -> Activation | None:
         view, (out, *window) = values[side], eqn.params["dimension_numbers"].rhs_spec
         use = Use("conv", _axes(view, window), _axes(view, [out]))
         ok = side == 1 and self.consume(view, use, values[0])
-        return Activation(frozenset([view.path]), (), values[0].data) if ok else None
+        return Activation(frozenset([view.path, *view.beside]), (), values[0].data) if ok else None
 
     def gather(self, eqn: Any, values: list[Any], side: int) -> Any:
         view, p = values[side], eqn.params["dimension_numbers"]
@@ -191,9 +193,9 @@ class Walker:
         if len(rest) > 1 or not batch:  # a layer or an expert picked out of a stack
             names = dict(zip(p.offset_dims, rest, strict=True))
             dims = tuple(view.dims[names[i]] if i in names else () for i in range(len(names) + len(batch)))
-            return View(view.path, dims, view.loose.union(_axes(view, p.start_index_map)))
+            return View(view.path, dims, view.loose.union(_axes(view, p.start_index_map)), view.beside)
         use = Use("lookup", _axes(view, p.start_index_map), _axes(view, rest))
-        return Activation(frozenset([view.path]), (), True) if self.consume(view, use, NOTHING) else None
+        return Activation(frozenset([view.path, *view.beside]), (), True) if self.consume(view, use, NOTHING) else None
 
     def activation(self, eqn: Any, values: list[Activation]) -> list[Any]:
         """Data through an operation without weights."""
@@ -224,6 +226,22 @@ class Walker:
         marks_out += [(made, True)] * (shapes[0] - len(contract_l) - len(batch_l))
         marks_out += [(made, False)] * (shapes[1] - len(contract_r) - len(batch_r))
         return Activation(frozenset([made]), tuple(marks_out), left.data or right.data)
+
+
+def composed(eqn: Any, values: Sequence[Any]) -> View | None:
+    """A weight made of params and constants alone: normalised, padded, concatenated or stacked."""
+    views = [(v, atom.aval.shape) for v, atom in zip(values, eqn.invars, strict=True) if isinstance(v, View)]
+    shape = eqn.outvars[0].aval.shape
+    if len(eqn.outvars) > 1 or len(shape) < 2:
+        return None
+    name, (first, _) = eqn.primitive.name, views[0]
+    beside = tuple(v.path for v, _ in views[1:] if v.dims == first.dims and v.path != first.path)
+    if name == "stack":
+        axis = eqn.params["axis"]
+        return View(first.path, (*first.dims[:axis], (), *first.dims[axis:]), first.loose, beside)
+    if name in ("concatenate", "pad"):
+        return View(first.path, first.dims, first.loose, beside)
+    return next((v for v, before in views if before == shape), None)
 
 
 def joined(*values: Any) -> Any:
@@ -272,7 +290,7 @@ def layout(eqn: Any, view: View) -> list[View] | None:
     elif name == "convert_element_type" and not np.issubdtype(np.dtype(p["new_dtype"]), np.inexact):
         if str(p["new_dtype"]) != "bfloat16" and "float" not in str(p["new_dtype"]):
             return None
-    return [View(view.path, dims, loose) for _ in eqn.outvars]
+    return [View(view.path, dims, loose, view.beside) for _ in eqn.outvars]
 
 
 def _marks(eqn: Any, values: list[Activation], out: Any) -> tuple[Any, ...]:

@@ -59,8 +59,8 @@ class AdaLoRA(Variant):
         return AdaLoRAAdapter(a, jnp.zeros(self.rank), b), w
 
     def factors(self, adapter: AdaLoRAAdapter, w: jax.Array) -> Factors:
-        """a = A diag(E), b = s B."""
-        return Factors(a=adapter.A * adapter.E[None, :], b=adapter.B * self.scale)
+        """a = A diag(E), b = B, and s."""
+        return Factors(a=adapter.A * adapter.E[None, :], b=adapter.B, s=self.scale)
 
     def penalty(self, adapter: AdaLoRAAdapter, share: float) -> jax.Array:
         """orth * the mean over every A and every B of the model of the UNSQUARED ||A^T A - I||_F or ||B B^T - I||_F.

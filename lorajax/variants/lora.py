@@ -61,9 +61,9 @@ class LoRA(Variant):
         return INITIALIZERS[self.initializer](key, n_in, n_out, self.rank), w
 
     def factors(self, adapter: LoRAAdapter, w: jax.Array) -> Factors:
-        """a = A, b = s B."""
+        """a = A, b = B, and s."""
         a = jax.lax.stop_gradient(adapter.A) if self.freeze_a else adapter.A
-        return Factors(a=a, b=adapter.B * self.scale)
+        return Factors(a=a, b=adapter.B, s=self.scale)
 
     def for_lookup(self) -> LoRA:
         """On an embedding table loralib and PEFT swap the roles: A = 0 and B random."""
