@@ -61,8 +61,10 @@ def primitives(jaxpr: Any) -> list[str]:
     return [eqn.primitive.name for eqn in equations(jaxpr)]
 
 
-FAST = {"xla_backend_optimization_level": 0}
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """XLA options for programs of which only the values matter: they compile in half the time."""
+if jax.__version_info__ < (0, 11):
+    FAST["xla_cpu_use_fusion_emitters"] = False  # half again; later versions have no such option
 
 
 def trace(fn: Any, *args: Any) -> Any:

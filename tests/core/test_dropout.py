@@ -14,7 +14,7 @@ from jax import lax
 
 import lorajax as lj
 
-from . import probe
+from . import jaxprs, probe
 from .case import normal
 from .probe import Probe
 from .test_lift_cases import weighted
@@ -31,11 +31,15 @@ def scan_stack(w: jax.Array, x: jax.Array, wrap: Callable[..., Any] = lambda f: 
 
 
 def dropping(fn: Callable[..., Any], rate: float, params: Any, x: jax.Array, rank: int = 3) -> tuple[Any, Any, Any]:
-    """(key -> output, (trainable, key) -> output, trainable) of a lifted function whose adapters drop their input."""
+    """(key -> output, (trainable, key) -> output, trainable) of a lifted function whose adapters drop their input.
+    The first is jitted."""
     adapt = lj.adapt(lj.sites(fn, params, x), [(".*", Probe(rank, dropout=rate))])
     trainable, frozen = probe.init(adapt, params)
-    lifted = jax.jit(lambda t, key: lj.lift(fn, strict=True)(adapt.bind(t, frozen, key=key), x))
-    return partial(lifted, trainable), lifted, trainable
+
+    def lifted(t: Any, key: Any) -> Any:
+        return lj.lift(fn, strict=True)(adapt.bind(t, frozen, key=key), x)
+
+    return jaxprs.jit(partial(lifted, trainable)), lifted, trainable
 
 
 STACKED = {"w": normal(4, 8, 8, scale=0.4)}
@@ -66,7 +70,8 @@ def test_dropout_is_the_same_in_a_loop_a_scan_and_a_rematerialised_scan():
     results = []
     for fn in LOOPS.values():
         _, lifted, trainable = dropping(fn, 0.5, STACKED, ROWS)
-        results.append(jax.value_and_grad(lambda t, f=lifted: weighted(f(t, jax.random.key(7))))(trainable))
+        loss = jax.value_and_grad(lambda t, key, f=lifted: weighted(f(t, key)))
+        results.append(jaxprs.jit(loss)(trainable, jax.random.key(7)))
     assert probe.error(results[1], results[0]) <= 1e-5
     assert probe.error(results[2], results[0]) <= 1e-5
 
@@ -82,7 +87,7 @@ def test_dropout_differs_between_sites_and_between_layers_of_a_stack():
     trainable, frozen = probe.init(adapt, params)
     trainable["v"] = trainable["u"]
     trainable["stack"] = jax.tree.map(lambda x: jnp.tile(x, (3, 1, 1)), trainable["u"])
-    lifted = jax.jit(lambda key: lj.lift(fn, strict=True)(adapt.bind(trainable, frozen, key=key), ROWS))
+    lifted = jaxprs.jit(lambda key: lj.lift(fn, strict=True)(adapt.bind(trainable, frozen, key=key), ROWS))
     for y in (plain := lifted(None)):
         assert probe.error(y, plain[0]) <= 1e-5
     outputs = lifted(jax.random.key(3))
@@ -98,8 +103,9 @@ def test_dropout_keeps_the_expectation_and_the_base_branch():
         return x @ p["w"]
 
     params, x, rate = {"w": normal(8, 12)}, normal(2, 8, seed=3), 0.25
-    f, _, trainable = dropping(fn, rate, params, x, rank=8)
-    samples = np.asarray(jax.vmap(f)(jax.random.split(jax.random.key(0), 4096)), np.float64)
+    _, lifted, trainable = dropping(fn, rate, params, x, rank=8)
+    keys = jax.random.split(jax.random.key(0), 4096)
+    samples = np.asarray(jaxprs.jit(jax.vmap(partial(lifted, trainable)))(keys), np.float64)
     a, b = (np.asarray(v, np.float64) for v in trainable["w"])
     ab, w, x = a @ b * 0.5, np.asarray(params["w"], np.float64), np.asarray(x, np.float64)
     spread = np.sqrt(rate / (1 - rate) * (x**2) @ (ab**2))  # of an inverted-dropout sum

@@ -35,15 +35,20 @@ def weighted(out: Any) -> jax.Array:
 
 
 def objective(fn: Callable[..., Any], case: Case) -> Callable[..., Any]:
-    """(outputs, gradient with respect to the first argument); the outputs alone where JAX has no gradient."""
+    """(outputs, gradients with respect to the adapters and to every float argument but the frozen weights); the
+    outputs alone where JAX has no gradient. For functions (trainable, weights, *args)."""
 
-    def loss(trainable: Any, *args: Any) -> Any:
-        out = fn(trainable, *args)
+    def loss(*args: Any) -> Any:
+        out = fn(*args)
         return weighted(out), out
 
-    if not case.differentiable:
-        return lambda *args: (fn(*args), ())
-    return lambda *args: (lambda value, grad: (value[1], grad))(*jax.value_and_grad(loss, has_aux=True)(*args))
+    def run(*args: Any) -> Any:
+        floats = [all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(arg)) for arg in args]
+        wrt = [i for i, is_float in enumerate(floats) if is_float and i != 1]
+        (_, out), grads = jax.value_and_grad(loss, wrt, has_aux=True)(*args)
+        return out, grads
+
+    return run if case.differentiable else lambda *args: (fn(*args), ())
 
 
 def prepared(case: Case) -> tuple[Built, Any, Any, Any]:
