@@ -226,7 +226,8 @@ def raw_lookup_modes() -> Built:
 
     def fn(w: jax.Array, i: jax.Array) -> Any:
         modes = [jnp.take(w, i, axis=0, mode=mode) for mode in ("fill", "wrap", "clip")]
-        return [jnp.where(jnp.isnan(y), 2.0, y) for y in modes], w[jnp.abs(i) % 11]
+        filled = w.at[i].get(mode="fill", fill_value=7)
+        return [jnp.where(jnp.isnan(y), 2.0, y) for y in modes], w[jnp.abs(i) % 11], filled
 
     return one(fn, d(11, 8), jnp.array([[0, 5, -1], [14, 10, -13]]))
 

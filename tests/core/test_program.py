@@ -89,6 +89,24 @@ def test_remat_policy_and_names_are_kept():
             assert jaxprs.primitives(backward).count("sin") == sines
 
 
+def test_settings_of_loops_and_remat_are_kept():
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), prevent_cse=False)
+        return lax.scan(layer, x, p["w"], reverse=True, unroll=2)[0]
+
+    params = {"w": normal(4, 8, 8)}
+    lifted, trainable = adapted(fn, params, X)
+
+    def settings(jaxpr: Any) -> list[Any]:
+        names = ("reverse", "unroll", "length", "prevent_cse")
+        return [{name: eqn.params[name] for name in names if name in eqn.params} for eqn in jaxprs.equations(jaxpr)
+                if eqn.primitive.name == "scan" or "prevent_cse" in eqn.params]
+
+    kept = settings(jax.make_jaxpr(lifted)(trainable))
+    assert kept == settings(jax.make_jaxpr(fn)(params, X))
+    assert kept == [{"reverse": True, "unroll": 2, "length": 4}, {"prevent_cse": False}]
+
+
 def test_sharding_constraints_are_kept():
     fn, params, args, _ = CASES["sharding_constraint"].built
     lifted, trainable = adapted(fn, params, *args)
