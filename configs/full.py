@@ -6,7 +6,9 @@ r"""Full fine-tuning, the yardstick, on a GLUE task or on `reviews`, which needs
 
 Every leaf is trained (`targets=all`); `targets=all-linear` or another preset trains those weights and the head.
 
-Measured (reviews, minilm, seed 0): pending
+Measured (reviews, minilm, seed 0; 2 cores of an AMD EPYC, JAX 0.10.2, 2026-11-22): accuracy 0.859 after 596 steps;
+majority class 0.487, head on the frozen encoder 0.770. 596 CPU seconds for the whole command, compilation included
+(9 minutes of wall clock beside other jobs on these cores).
 """
 
 from ml_collections import ConfigDict
