@@ -22,25 +22,33 @@ RANK = -1
 
 @jax.tree_util.register_pytree_node_class
 class Factor:
-    """`array` with a name per dimension: `dims[i]` is a dimension of the weight, or RANK. Pytree; `dims` is static."""
+    """`array` with a name per dimension: `dims[i]` is a dimension of the weight, or RANK.
 
-    __slots__ = ("array", "dims")
+    Pytree with the one leaf `stored`, which has `array`'s elements in another shape if `shape` is given: reshaped where
+    it is used, it costs a jitted or scanned layer one equation and not the model one per layer.
+    """
 
-    def __init__(self, array: Any, dims: tuple[int, ...]):
-        self.array, self.dims = array, dims
+    __slots__ = ("dims", "shape", "stored")
+
+    def __init__(self, stored: Any, dims: tuple[int, ...], shape: tuple[int, ...] | None = None):
+        self.stored, self.dims, self.shape = stored, dims, shape
+
+    @property
+    def array(self) -> Any:
+        return self.stored if self.shape is None else jnp.reshape(self.stored, self.shape)
 
     def tree_flatten(self):
-        return (self.array,), self.dims
+        return (self.stored,), (self.dims, self.shape)
 
     @classmethod
-    def tree_unflatten(cls, dims, children):
-        return cls(children[0], dims)
+    def tree_unflatten(cls, static, children):
+        return cls(children[0], *static)
 
     def astype(self, dtype) -> Factor:
-        return self if self.array.dtype == dtype else Factor(self.array.astype(dtype), self.dims)
+        return self if self.stored.dtype == dtype else Factor(self.stored.astype(dtype), self.dims, self.shape)
 
     def size(self, dim: int) -> int:
-        return self.array.shape[self.dims.index(dim)]
+        return (self.shape or self.stored.shape)[self.dims.index(dim)]
 
     def spread(self, dims: tuple[int, ...]) -> jax.Array:
         """The array transposed to the order of `dims`, with size 1 where it does not run along one of them."""
@@ -49,7 +57,7 @@ class Factor:
         return lax.expand_dims(array, [i for i, d in enumerate(dims) if d not in self.dims])
 
     def __repr__(self):
-        return f"Factor({getattr(self.array, 'shape', self.array)}, dims={self.dims})"
+        return f"Factor({self.shape or getattr(self.stored, 'shape', self.stored)}, dims={self.dims})"
 
 
 @jax.tree_util.register_static

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorajax.core import compat, contract, structure
-from lorajax.core.bound import RANK, dense, is_bound
+from lorajax.core.bound import RANK, Factor, dense, is_bound
 from lorajax.core.structure import Decline
 
 Report = Callable[[str, str, str, str], None]
@@ -207,7 +207,7 @@ class _Rows:
             if row is None:
                 return structure.rename(f, {d: d - 1 for d in f.dims})
             dims = [d for d in f.dims if d != 0]
-            return structure.rename(type(f)(row, tuple(dims)), {d: d - 1 for d in dims})
+            return structure.rename(Factor(row, tuple(dims)), {d: d - 1 for d in dims})
 
         return self.node.map(w, change)
 
@@ -216,7 +216,7 @@ def _stacked(y: Any) -> Any:
     """A bound weight that every iteration returned: its leaves have a new dimension 0."""
     if not is_bound(y):
         return y
-    return y.map(y.w, lambda f: type(f)(f.array, (0, *[d if d == RANK else d + 1 for d in f.dims])))
+    return y.map(y.w, lambda f: Factor(f.array, (0, *[d if d == RANK else d + 1 for d in f.dims])))
 
 
 def _while(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
@@ -246,12 +246,13 @@ def _cond(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 
 def _shard_map(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     p = eqn.params
+    values = [v.map(v.w, lambda f: Factor(f.array, f.dims)) if is_bound(v) else v for v in values]
 
     def spec(value, full):
         if not is_bound(value):
             return full
         entries = [*full, *[None] * (value.ndim - len(full))]
-        return value.map(full, lambda f: type(f)(PartitionSpec(*[None if d == RANK else entries[d] for d in f.dims]),
+        return value.map(full, lambda f: Factor(PartitionSpec(*[None if d == RANK else entries[d] for d in f.dims]),
                                                  f.dims))
 
     def body(*args):

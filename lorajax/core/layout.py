@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from lorajax.core.bound import RANK, Factor, Number, Term
@@ -59,7 +58,7 @@ def aligned(site: Site, factors: Factors) -> Term:
 def _along(site: Site, x: Any, axes: tuple[int, ...], before: int | None = None, after: int | None = None) -> Any:
     if x is None:
         return None
-    shape = (*site.stack_shape, *[before] * (before is not None), *[site.shape[i] for i in axes],
-             *[after] * (after is not None))
+    front, back = [n for n in (before,) if n is not None], [n for n in (after,) if n is not None]
+    shape = (*site.stack_shape, *front, *[site.shape[i] for i in axes], *back)
     dims = (*site.stack_axes, *[RANK] * (before is not None), *axes, *[RANK] * (after is not None))
-    return Factor(x if x.shape == shape else jnp.reshape(x, shape), dims)
+    return Factor(x, dims, None if x.shape == shape else shape)

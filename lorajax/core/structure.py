@@ -40,7 +40,7 @@ def drop(f: Factor, gone: Sequence[int]) -> Factor:
 
 
 def rename(f: Factor, names: dict[int, int]) -> Factor:
-    return Factor(f.array, tuple(d if d == RANK else names[d] for d in f.dims))
+    return Factor(f.stored, tuple(d if d == RANK else names[d] for d in f.dims), f.shape)
 
 
 def expand(eqn, node: Bound) -> Bound:
