@@ -9,8 +9,8 @@ hyper-parameters of the paper's Table 8 (DeBERTaV3-base); its schedule is in ste
 stretched in proportion when the run is shorter or longer.
 
 Measured (reviews, minilm, rank 8, seed 0; 2 cores of an AMD EPYC, JAX 0.10.2, 2026-11-22): accuracy 0.860 after 596
-steps with 288 of 432 ranks left; majority class 0.487, head on the frozen encoder 0.770. 7 min 8 s for the whole
-command with an empty cache: downloads, compilation, probe (651 CPU seconds).
+steps with 288 of 432 ranks left; majority class 0.487, head on the frozen encoder 0.770. 7 minutes of wall clock for
+the whole command, compilation included.
 """
 
 from ml_collections import ConfigDict
