@@ -72,8 +72,8 @@ class Sites(Mapping[str, Site]):
     found: Mapping[str, Site]
     leaves: Mapping[str, jax.ShapeDtypeStruct]
     tree: Any = field(repr=False)
-    trace: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] = field(repr=False)
-    """(fn, args, kwargs) with shapes for arrays, for later estimates."""
+    trace: tuple[Callable[..., Any], list[Any]] = field(repr=False)
+    """The traced function of (weights, inputs), and the shapes of its inputs, for later estimates."""
 
     def __getitem__(self, path: str) -> Site:
         return self.found[path]
@@ -173,7 +173,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     found = {path: Site(path, s.shape, s.dtype, tuple(seen.uses[path]), frozenset(roles.get(path, ())),
                         tuple(seen.others.get(path, ())))
              for path, s in shapes.items() if path in seen.uses}
-    return Sites(found, shapes, tree, (call, (list(shapes.values()), inputs), {}))
+    return Sites(found, shapes, tree, (call, inputs))
 
 
 def _roles(seen: Findings) -> dict[str, set[str]]:

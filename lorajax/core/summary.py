@@ -29,7 +29,7 @@ def activations(adapt: Any) -> int:
 
     From an abstract trace: what the compiler recomputes or never stores makes the truth smaller.
     """
-    call, (_, inputs), _ = adapt.sites.trace
+    call, inputs = adapt.sites.trace
     trainable, frozen = adapt.shapes
 
     def forward(trainable, frozen, inputs):

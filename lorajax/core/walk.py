@@ -22,8 +22,6 @@ class View(NamedTuple):
 
     path: str
     dims: tuple[tuple[int, ...], ...]
-    loose: frozenset[int] = frozenset()
-    """Axes that a loop or an index already took away."""
     beside: tuple[str, ...] = ()
     """Further leaves, laid out alike, that were concatenated or stacked with this one."""
 
@@ -136,10 +134,10 @@ class Walker:
         n, m = compat.scan_counts(eqn)
         xs = []
         for v in values[n + m:]:
-            xs.append(View(v.path, v.dims[1:], v.loose.union(v.dims[0]), v.beside) if isinstance(v, View)
+            xs.append(View(v.path, v.dims[1:], v.beside) if isinstance(v, View)
                       else Activation(v.sources, v.marks[1:], v.data))
         out = self.loop(eqn.params["jaxpr"], values[:n], values[n:n + m], xs)
-        return out[:m] + [View(v.path, ((), *v.dims), v.loose, v.beside) if isinstance(v, View)
+        return out[:m] + [View(v.path, ((), *v.dims), v.beside) if isinstance(v, View)
                           else Activation(v.sources, (), v.data) for v in out[m:]]
 
     def loop(self, body: Any, consts: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
@@ -193,7 +191,7 @@ class Walker:
         if len(rest) > 1 or not batch:  # a layer or an expert picked out of a stack
             names = dict(zip(p.offset_dims, rest, strict=True))
             dims = tuple(view.dims[names[i]] if i in names else () for i in range(len(names) + len(batch)))
-            return View(view.path, dims, view.loose.union(_axes(view, p.start_index_map)), view.beside)
+            return View(view.path, dims, view.beside)
         use = Use("lookup", _axes(view, p.start_index_map), _axes(view, rest))
         return Activation(frozenset([view.path, *view.beside]), (), True) if self.consume(view, use, NOTHING) else None
 
@@ -238,9 +236,9 @@ def composed(eqn: Any, values: Sequence[Any]) -> View | None:
     beside = tuple(v.path for v, _ in views[1:] if v.dims == first.dims and v.path != first.path)
     if name == "stack":
         axis = eqn.params["axis"]
-        return View(first.path, (*first.dims[:axis], (), *first.dims[axis:]), first.loose, beside)
+        return View(first.path, (*first.dims[:axis], (), *first.dims[axis:]), beside)
     if name in ("concatenate", "pad"):
-        return View(first.path, first.dims, first.loose, beside)
+        return View(first.path, first.dims, beside)
     return next((v for v, before in views if before == shape), None)
 
 
@@ -266,11 +264,9 @@ def layout(eqn: Any, view: View) -> list[View] | None:
     """Views after a layout operation; None where it is none for a weight."""
     name, p, dims = eqn.primitive.name, eqn.params, view.dims
     shape = eqn.invars[0].aval.shape
-    loose = view.loose
     if name == "transpose":
         dims = tuple(dims[d] for d in p["permutation"])
     elif name == "squeeze":
-        loose = loose.union(*[dims[d] for d in p["dimensions"]])
         dims = tuple(x for d, x in enumerate(dims) if d not in p["dimensions"])
     elif name == "broadcast_in_dim":
         into = dict(zip(p["broadcast_dimensions"], dims, strict=True))
@@ -290,7 +286,7 @@ def layout(eqn: Any, view: View) -> list[View] | None:
     elif name == "convert_element_type" and not np.issubdtype(np.dtype(p["new_dtype"]), np.inexact):
         if str(p["new_dtype"]) != "bfloat16" and "float" not in str(p["new_dtype"]):
             return None
-    return [View(view.path, dims, loose, view.beside) for _ in eqn.outvars]
+    return [View(view.path, dims, view.beside) for _ in eqn.outvars]
 
 
 def _marks(eqn: Any, values: list[Activation], out: Any) -> tuple[Any, ...]:
