@@ -15,6 +15,7 @@ the whole command, compilation included.
 
 from ml_collections import ConfigDict
 
+from configs.base import arguments, glue
 from lorajax import config
 
 # task: (lr, epochs, gamma, t_initial, delta_t, t_final,  alpha, warm-up steps, max length, head dropout, weight decay,
@@ -37,43 +38,12 @@ OURS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = config.arguments(arg, task="reviews", model="minilm", rank=8, targets="all-linear", smoke=False)
+    args = arguments(arg)
     row = config.choose("task", args.task, PAPER | OURS)
     lr, epochs, gamma, t_initial, delta_t, t_final, alpha, warmup, length, dropout, decay, rows = row
     steps = -(-rows // 32) * epochs
-    c = ConfigDict()
-    c.args = args
-    c.study = "glue"
-    c.seed = 0
-    # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: of each split,
-    # 0 for all. shapes: how many padded lengths, that is how many programs are compiled.
-    c.data = ""
-    c.examples = 0
-    c.max_length = length
-    c.batch = 32
-    c.eval_batch = 128
-    c.shapes = 4
-    # Model. dropout: of the encoder, -1 for the checkpoint's own. compute_dtype: auto is bfloat16 on an accelerator and
-    # float32 on a CPU.
-    c.pooling = "mean"
-    c.dropout = 0.0 if args.task == "reviews" else 0.1
-    c.head_dropout = dropout
-    c.compute_dtype = "auto"
-    c.scan_layers = False
-    c.remat = "none"
-    # Optimizer: AdamW. warmup: a fraction of the run. head_lr: 0 is lr. lora_plus: ratio of B's
-    # learning rate to A's.
-    c.lr = lr
-    c.head_lr = 0.0
-    c.epochs = float(epochs)
-    c.warmup = round(warmup / steps, 4)
-    c.schedule = "linear"
-    c.weight_decay = decay
-    c.lora_plus = 1.0
-    c.clip = 1.0
-    c.accumulate = 1
-    c.label_smoothing = 0.0
-    # Method.
+    c = glue(args, lr=lr, epochs=float(epochs), max_length=length, batch=32, head_dropout=dropout, weight_decay=decay,
+             warmup=round(warmup / steps, 4))
     c.variant = {"name": "adalora", "rank": -(-3 * args.rank // 2), "alpha": 1.0 * alpha, "dropout": 0.0, "orth": gamma}
     c.controller = {
         "name": "adalora",
@@ -85,12 +55,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "beta1": 0.85,
         "beta2": 0.85,
     }
-    # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.
-    c.eval_every = 0
-    c.save_every = 0
-    c.log_every = 10
-    c.steps_per_call = 1
-    c.probe = True
-    if args.smoke:
-        c.update(examples=128, max_length=16, shapes=1, batch=16, eval_batch=64, epochs=1.0, log_every=1)
     return c

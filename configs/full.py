@@ -13,6 +13,7 @@ majority class 0.487, head on the frozen encoder 0.770. 596 CPU seconds for the 
 
 from ml_collections import ConfigDict
 
+from configs.base import arguments, glue
 from lorajax import config
 
 # task: (epochs, lr, max length), in the usual ranges for BERT-sized encoders: 3 to 10 epochs, batch 32.
@@ -31,48 +32,9 @@ TASKS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = config.arguments(arg, task="reviews", model="minilm", targets="all", smoke=False)
+    args = arguments(arg, rank=None, targets="all")
     epochs, lr, length = config.choose("task", args.task, TASKS)
-    c = ConfigDict()
-    c.args = args
-    c.study = "glue"
-    c.seed = 0
-    # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: of each split,
-    # 0 for all. shapes: how many padded lengths, that is how many programs are compiled.
-    c.data = ""
-    c.examples = 0
-    c.max_length = length
-    c.batch = 32
-    c.eval_batch = 128
-    c.shapes = 4
-    # Model. dropout: of the encoder, -1 for the checkpoint's own. compute_dtype: auto is bfloat16 on an accelerator and
-    # float32 on a CPU.
-    c.pooling = "mean"
-    c.dropout = 0.0 if args.task == "reviews" else 0.1
-    c.head_dropout = 0.0
-    c.compute_dtype = "auto"
-    c.scan_layers = False
-    c.remat = "none"
-    # Optimizer: AdamW. warmup: a fraction of the run. The new head takes a larger learning rate than the encoder.
-    c.lr = lr
-    c.head_lr = 1e-3
-    c.epochs = float(epochs)
-    c.warmup = 0.06
-    c.schedule = "linear"
-    c.weight_decay = 0.01
-    c.lora_plus = 1.0
-    c.clip = 1.0
-    c.accumulate = 1
-    c.label_smoothing = 0.0
-    # Method.
+    # The new head takes a larger learning rate than the encoder.
+    c = glue(args, lr=lr, head_lr=1e-3, epochs=float(epochs), max_length=length, batch=32, weight_decay=0.01)
     c.variant = {"name": "full"}
-    c.controller = {"name": "identity"}
-    # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.
-    c.eval_every = 0
-    c.save_every = 0
-    c.log_every = 10
-    c.steps_per_call = 1
-    c.probe = True
-    if args.smoke:
-        c.update(examples=128, max_length=16, shapes=1, batch=16, eval_batch=64, epochs=1.0, log_every=1)
     return c

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
         state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
-        best: dict[str, Any] = {"step": 0, "scores": {}}  # by the task's headline metric
+        best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
         if saved.latest() is not None:
             state, best = saved.restore(state)
         step = int(state.step)
@@ -108,11 +108,14 @@ def main(argv: list[str]) -> None:
                 improved = False
                 if step % eval_every == 0 or step == total:
                     scores = evaluate(predict, state.trainable, frozen, found, batches)
-                    run.log(step, scores | size(state.control), prefix="eval/")
+                    views = further(predict, state, frozen, found, batches, controller)
+                    run.log(step, scores | flat(views) | controller.report(state.control), prefix="eval/")
                     bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                    for name, row in views.items():
+                        bar.write(f"    {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
                     better = scores[found.task.headline] > best["scores"].get(found.task.headline, -np.inf)
-                    improved = better and step >= build.settled(c, total)
-                    best = {"step": step, "scores": scores} if improved else best
+                    improved = better and step >= controller.settled
+                    best = {"step": step, "scores": scores, "views": views} if improved else best
                 if improved or step % save_every == 0 or step == total or stop:
                     saved.save(step, state, best, best=improved)
                 if stop:
@@ -131,7 +134,8 @@ def main(argv: list[str]) -> None:
         report(c, found.task, baselines, best, trained, seconds)
         summary = {"task": found.task.name, "headline": found.task.headline, "scores": best["scores"]}
         summary |= {"best_step": best["step"], "steps": total, "baselines": baselines}
-        summary |= {"trainable_parameters": trained, **size(state.control)}
+        summary |= {"trainable_parameters": trained, **controller.report(state.control)}
+        summary |= {"views": best["views"]} if best["views"] else {}
         summary |= {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
         summary |= {"device": jax.devices()[0].device_kind, "seed": c.seed, "name": launch.name}
         run.finish(summary)
@@ -157,23 +161,30 @@ def make_loss(net: Bert, task: data.Task, c: Any) -> Any:
     return loss
 
 
-def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batches: Any) -> dict[str, float]:
+def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batches: Any,
+             masks: Any = None) -> dict[str, float]:
     # The headline split's metrics go by their own names, those of a further split (MNLI) by "<split>_<metric>".
     scores: dict[str, float] = {}
     for split in found.splits:
         if split == "train":
             continue
         passed = list(batches[split].epoch())
-        outputs = np.concatenate(jax.device_get([predict(trainable, frozen, batch) for batch in passed]))
+        outputs = np.concatenate(jax.device_get([predict(trainable, frozen, batch, masks) for batch in passed]))
         label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
         prefix = "" if split == found.task.evaluation[0] else f"{split}_"
         scores |= {prefix + k: v for k, v in data.evaluate(found.task, outputs, label, weight).items()}
     return scores
 
 
-def size(state: Any) -> dict[str, int]:
-    # AdaLoRA: how many triplets the last masking kept.
-    return {"ranks_kept": sum(int(k.sum()) for k in state.kept.values())} if hasattr(state, "kept") else {}
+def further(predict: Any, state: Any, frozen: Any, found: build.Data, batches: Any,
+            controller: Any) -> dict[str, dict[str, float]]:
+    # The other forms of the adapter that the method promises, DyLoRA's ranks for one: the same arrays under masks.
+    views = controller.views(state.control)
+    return {name: evaluate(predict, state.trainable, frozen, found, batches, masks) for name, masks in views.items()}
+
+
+def flat(views: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"{name}/{metric}": value for name, row in views.items() for metric, value in row.items()}
 
 
 def probe(model: build.Model, found: build.Data, batches: Any) -> dict[str, float]:

@@ -147,14 +147,15 @@ def every(steps: int, per_epoch: int, steps_per_call: int) -> int:
 
 
 def optimizer(config: ConfigDict, adapt: Adapt, model: Model, total: int) -> optax.GradientTransformation:
-    """AdamW (LoRA+ if `lora_plus` is not 1) with warm-up and decay; the head learns at `head_lr` (0: `lr`)."""
+    """`config.optimizer`, a row of `optim.NAMES`, with warm-up and decay; the head learns at `head_lr` (0: `lr`).
+    Ranks that the controller masks do not move."""
     schedule = optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
-    if config.lora_plus == 1:
-        tx = optim.adamw(schedule, config.weight_decay)
-    else:
-        tx = optim.lora_plus(schedule, config.lora_plus, labels=adapt.labels, weight_decay=config.weight_decay)
-    # AdamW's update, decay included, is proportional to its learning rate: scaling it is a learning rate of its own.
-    return optax.chain(tx, scale_paths({path: (config.head_lr or config.lr) / config.lr for path in model.fresh}))
+    settings = config.optimizer.to_dict()
+    make = choose("optimizer", settings.pop("name"), optim.NAMES)
+    tx = make(schedule, adapt=adapt, weight_decay=config.weight_decay, **settings)
+    # The update, decay included, is proportional to its learning rate: scaling it is a learning rate of its own.
+    heads = scale_paths({path: (config.head_lr or config.lr) / config.lr for path in model.fresh})
+    return optax.chain(tx, heads, optim.freeze_ranks(adapt.plan))
 
 
 def scale_paths(factors: dict[str, float]) -> optax.GradientTransformation:
@@ -169,28 +170,7 @@ def scale_paths(factors: dict[str, float]) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def stretch(config: ConfigDict, total: int) -> dict[str, int]:
-    """AdaLoRA's t_initial, t_final and delta_t for a run of `total` steps, in proportion to `controller.of_steps`."""
-    c = config.controller
-    ratio = total / c.of_steps
-    return {
-        "t_initial": round(c.t_initial * ratio),
-        "t_final": round(c.t_final * ratio),
-        "delta_t": max(1, round(c.delta_t * ratio)),
-    }
-
-
 def controller(config: ConfigDict, adapt: Adapt, total: int) -> control.Controller:
-    """What acts around the optimizer steps, `config.controller`."""
-
-    def adalora() -> control.Controller:
-        c = config.controller
-        settings: dict[str, Any] = {"target_rank": c.target_rank, "beta1": c.beta1, "beta2": c.beta2}
-        return control.adalora(adapt, total_steps=total, **(settings | stretch(config, total)))
-
-    return choose("controller", config.controller.name, {"identity": control.identity, "adalora": adalora})()
-
-
-def settled(config: ConfigDict, total: int) -> int:
-    """The first step whose adapter has its final size: no earlier one may count as the best of the run."""
-    return total - stretch(config, total)["t_final"] if config.controller.name == "adalora" else 0
+    """What acts around the optimizer steps: `config.controller`, a row of `control.NAMES`."""
+    settings = config.controller.to_dict()
+    return choose("controller", settings.pop("name"), control.NAMES)(adapt, total_steps=total, **settings)

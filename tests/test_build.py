@@ -92,8 +92,9 @@ def test_head_learning_rate(files):
 
 
 def test_lora_plus_ratio(files):
-    c = parse(files, "lora", ",targets=qv", "--config.lora_plus=16", "--config.lr=1e-3",
-              "--config.warmup=0", "--config.weight_decay=0")  # fmt: skip
+    c = parse(files, "lora", ",targets=qv", "--config.lr=1e-3", "--config.warmup=0", "--config.weight_decay=0")
+    with c.unlocked():
+        c.optimizer = {"name": "lora_plus", "ratio": 16.0}
     _, model, _, adapt = adapted(c)
     trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
     updates = first_updates(build.optimizer(c, adapt, model, 10), trainable)
@@ -111,17 +112,6 @@ def test_steps_come_in_whole_calls(files):
     assert [build.every(*x) for x in ((0, 8, 4), (0, 7, 4), (10, 8, 4), (3, 8, 1))] == [8, 8, 12, 3]
 
 
-def test_the_papers_schedule_is_stretched_with_the_run():
-    rte = config.load("configs/adalora.py:task=rte")
-    assert rte.controller.of_steps == 78 * 50
-    assert build.stretch(rte, 3900) == {"t_initial": 600, "t_final": 1800, "delta_t": 1}
-    mnli = config.load("configs/adalora.py:task=mnli")  # 12,272 steps an epoch, 7 epochs; a sample has fewer
-    assert mnli.controller.of_steps == 85904
-    assert build.stretch(mnli, 8590) == {"t_initial": 800, "t_final": 5000, "delta_t": 10}
-    assert build.settled(rte, 3900) == 2100
-    assert build.settled(config.load("configs/lora.py"), 3900) == 0
-
-
 def test_controllers(files):
     _, model, _, adapt = adapted(parse(files, "adalora", ",targets=qv"))
     trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
@@ -131,6 +121,27 @@ def test_controllers(files):
     assert build.controller(parse(files), adapt, 100).init(trainable) == ()
 
 
+def test_the_papers_schedule_is_stretched_with_the_run(files):
+    rte = config.load("configs/adalora.py:task=rte")
+    assert rte.controller.of_steps == 78 * 50
+    mnli = config.load("configs/adalora.py:task=mnli")  # 12,272 steps an epoch, 7 epochs; a sample has fewer
+    assert mnli.controller.of_steps == 85904
+    _, model, _, adapt = adapted(parse(files, "adalora", ",targets=qv"))
+    assert build.controller(rte, adapt, 3900).settled == 3900 - 1800
+    assert build.controller(mnli, adapt, 8590).settled == 8590 - 5000
+    trainable, _ = jax.jit(adapt.init)(jax.random.key(0), model.variables)
+    tenth = build.controller(rte, adapt, 390)  # t_initial 60, t_final 180, delta_t 1: the budget falls from step 61 on
+    state = tenth.init(trainable)
+    budgets = []
+    for _ in range(212):
+        _, state = jax.jit(tenth.update)(trainable, trainable, trainable, state)
+        budgets.append(int(state.budget))
+    assert budgets[:61] == [48] * 61
+    assert budgets[62] < 48
+    assert budgets[209] == 32 < budgets[100]
+    assert tenth.report(state)["ranks_kept"] <= 32
+
+
 @pytest.mark.parametrize(
     ("change", "call", "words"),
     [
@@ -138,6 +149,7 @@ def test_controllers(files):
         ({"variant.name": "adlora"}, "variant", ["unknown variant 'adlora'", "did you mean 'adalora'?", "full, lora"]),
         ({"variant.rnak": 4}, "variant", ["LoRA has no hyperparameter 'rnak'", "did you mean 'rank'?"]),
         ({"controller.name": "identiy"}, "controller", ["unknown controller 'identiy'", "did you mean 'identity'?"]),
+        ({"optimizer.name": "adam"}, "optimizer", ["unknown optimizer 'adam'", "did you mean 'adamw'?"]),
         ({"args.task": "sst"}, "load_data", ["unknown task 'sst'", "did you mean 'sst2'?"]),
         ({"compute_dtype": "bf16"}, "compute_dtype", ["unknown compute_dtype 'bf16'", "bfloat16"]),
     ],
@@ -152,7 +164,7 @@ def test_errors_name_the_nearest(files, change, call, words):
                 node = node[parent]
             node[last] = value
     model = build.Model(None, {}, ("params/classifier/kernel",), None, "")
-    args = {"rules": (c, model), "controller": (c, None, 10)}.get(call, (c,))
+    args = {"rules": (c, model), "controller": (c, None, 10), "optimizer": (c, None, model, 10)}.get(call, (c,))
     with pytest.raises(config.ConfigError) as error:
         getattr(build, call)(*args)
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -34,12 +34,15 @@ class AdaLoRAState(NamedTuple):
 
 
 def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial: int = 0, t_final: int = 0,
-            delta_t: int = 1, beta1: float = 0.85, beta2: float = 0.85, timing: str = "peft") -> Controller:
+            delta_t: int = 1, beta1: float = 0.85, beta2: float = 0.85, timing: str = "peft",
+            of_steps: int = 0) -> Controller:
     """The controller for the AdaLoRA sites of `adapt`; other sites pass through.
 
     total_steps: optimizer steps of the whole run. target_rank: final average rank of a matrix.
     t_initial: steps before the budget falls. t_final: steps at the end with the final pattern. delta_t: steps between
-    maskings. beta1, beta2: decay of the averages, which start at zero and have no bias correction.
+    maskings. of_steps: the length of the run for which these three are stated; a longer or shorter run stretches them
+    in proportion, 0 takes them as they are.
+    beta1, beta2: decay of the averages, which start at zero and have no bias correction.
     timing: both stop the scores at step ``total_steps - t_final`` and mask by them in every later step; ``peft`` masks
     at that step itself, whatever delta_t is, ``official`` (the authors' code) only if delta_t divides it.
     Like both, importance multiplies the gradient by the parameter AFTER the optimizer step (the paper's equation has it
@@ -60,6 +63,9 @@ def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0.0 < beta < 1.0:
             raise ValueError(f"{name}={beta} is outside (0, 1): the paper and both codes use 0.85")
+    if of_steps:
+        ratio = total_steps / of_steps
+        t_initial, t_final, delta_t = round(t_initial * ratio), round(t_final * ratio), max(1, round(delta_t * ratio))
     start = total_steps - t_final  # the step at which the scores stop
     budget_schedule(total_steps, t_initial, t_final, 2, 1)  # raises before any array exists
 
@@ -95,7 +101,8 @@ def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial
         masked = {path: new[path]._replace(E=jnp.where(due & ~keep[path], 0, new[path].E)) for path in paths}
         return {**new, **masked}, AdaLoRAState(t + 1, budget, mean, deviation, kept)
 
-    return Controller(init=init, masks=lambda state: None, update=update)
+    return Controller(init=init, masks=lambda state: None, update=update, settled=start,
+                      report=lambda state: {"ranks_kept": sum(int(k.sum()) for k in state.kept.values())})
 
 
 def budget_schedule(total_steps: int, t_initial: int, t_final: int, initial: int, target: int) -> np.ndarray:

@@ -15,11 +15,17 @@ class Controller(NamedTuple):
     masks: state -> multipliers for `bind` during the coming step (site path -> (stack..., rank)), or None for none.
     update: (grads, old, new, state) -> (new, state), after the optimizer step. grads are those the optimizer was given
       (after clipping), old and new the trainable partition before and after the step.
+    settled: the first step whose adapter has its final form: no earlier one counts as the best of a run.
+    views: state -> name -> masks for `bind`, further forms of the adapter that a run evaluates (DyLoRA's ranks).
+    report: state -> numbers for the run's log and summary (ranks kept). Not jitted.
     """
 
     init: Callable[[Any], Any]
     masks: Callable[[Any], dict[str, jax.Array] | None]
     update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    settled: int = 0
+    views: Callable[[Any], dict[str, Any]] = lambda state: {}
+    report: Callable[[Any], dict[str, int | float]] = lambda state: {}
 
 
 def identity() -> Controller:

@@ -1,10 +1,43 @@
-"""Optimizers for adapters: optax transformations over the labels that the leaf tables give."""
+"""Optimizers for adapters, optax transformations over the labels of the leaf tables, and their table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import optax
 
 from lorajax.optim.freeze_ranks import freeze_ranks
 from lorajax.optim.lora_fa import lora_fa, lora_fa_projected, project_b
 from lorajax.optim.lora_plus import groups, lora_plus
 from lorajax.optim.recipe import adamw, warmup_schedule
+from lorajax.variants import LoRA
+
+
+def _lora_plus(learning_rate: Any, *, adapt: Any, **settings: Any) -> optax.GradientTransformation:
+    tables = [path for path, site in adapt.sites.items() if site.op == "lookup" and path in adapt.plan]
+    return lora_plus(learning_rate, labels=adapt.labels, embeddings=tables, **settings)
+
+
+def _lora_fa(learning_rate: Any, *, adapt: Any, **settings: Any) -> optax.GradientTransformation:
+    return lora_fa(adamw(learning_rate, **settings), adapt.labels)
+
+
+def _lora_fa_projected(learning_rate: Any, *, adapt: Any, **settings: Any) -> optax.GradientTransformation:
+    scales = {path: variant.scale for path, variant in adapt.plan.items() if isinstance(variant, LoRA)}
+    return lora_fa_projected(learning_rate, adapt.labels, scales, **settings)
+
+
+NAMES: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyType({
+    "adamw": lambda learning_rate, *, adapt, **settings: adamw(learning_rate, **settings),
+    "lora_plus": _lora_plus,
+    "lora_fa": _lora_fa,
+    "lora_fa_projected": _lora_fa_projected,
+})
+"""Name -> ``(learning_rate, *, adapt, weight_decay, **settings)``: an optimizer that includes its learning rate."""
 
 __all__ = [
-    "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "project_b", "warmup_schedule",
+    "NAMES", "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "project_b",
+    "warmup_schedule",
 ]
