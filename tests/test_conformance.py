@@ -13,10 +13,12 @@ import optax
 import pytest
 from conformance import ROWS, Row, perturbed
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lorajax as lj
 from lorajax import variants
 from lorajax.core.variant import Variant
+from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import NAMES
 
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
@@ -263,3 +265,37 @@ def test_trains_on_eight_examples_in_one_compile(row: Row) -> None:
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
     assert len(traces) == 1
+
+
+@every_model
+def test_a_step_on_a_mesh_is_that_of_one_device_and_survives_a_checkpoint(row: Row, tmp_path: Any) -> None:
+    apply, adapt, trainable, frozen, _, x = model(row, scan=True)
+    # One label learns, all others are frozen by the optimizer: what does not learn must not move.
+    learns = max(jax.tree.leaves(adapt.labels))
+    rates = {label: 0.1 if label == learns else 0.0 for label in jax.tree.leaves(adapt.labels)}
+    tx = optax.multi_transform({k: optax.sgd(r) if r else optax.set_to_zero() for k, r in rates.items()}, adapt.labels)
+
+    def step(trainable: Any, frozen: Any, x: jax.Array) -> Any:
+        fit = lambda tr: jnp.sum(jnp.square(lj.lift(apply)(adapt.bind(tr, frozen), x)))  # noqa: E731
+        updates, _ = tx.update(jax.grad(fit)(trainable), tx.init(trainable), trainable)
+        return optax.apply_updates(trainable, updates)
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    sharded = frozen._replace(base={k: place(w, None, None, "tensor") if k.endswith("kernel") else place(w)
+                                    for k, w in frozen.base.items()}, aux=place(frozen.aux))
+    alone = jax.jit(step)(trainable, frozen, x)
+    spread = jax.jit(step)(place(trainable), sharded, place(x, "data"))
+    for path, adapter in alone.items():
+        for name, got, want, before in zip(adapter._fields, spread[path], adapter, trainable[path], strict=True):
+            if want is None:
+                continue
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()), err_msg=name)
+            moved = bool(jnp.any(want != before))
+            assert moved == (getattr(adapt.labels[path], name) == learns), f"{path} {name}"
+
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        saved.save(1, {"trainable": alone, "aux": frozen.aux}, {})
+        back, _ = saved.restore({"trainable": trainable, "aux": frozen.aux})
+    assert jax.tree.structure(back["trainable"]) == jax.tree.structure(alone)
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, {"trainable": alone, "aux": frozen.aux}))
