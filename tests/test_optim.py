@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from lorajax.core.masks import Mask
 from lorajax.core.variant import FullAdapter, Leaf
 from lorajax.optim import adamw, freeze_ranks, groups, lora_fa, lora_fa_projected, lora_plus, project_b, warmup_schedule
 from lorajax.variants import AdaLoRA, LoRA
@@ -245,6 +246,18 @@ def test_a_real_multiplier_does_not_scale_the_update() -> None:
     updates, _ = tx.update(g, tx.init(g), g, masks={"q": jnp.array([0.5, 2.0, 0.0])})
     assert np.array_equal(updates["q"].E, [g["q"].E[0], g["q"].E[1], 0.0])
     assert updates["layers/v"] is g["layers/v"]
+
+
+def test_masks_of_single_arrays_freeze_these() -> None:
+    """As sparse LoRA has them; and of a mask that acts, trains and moves by different numbers, the last counts."""
+    tx, g = freeze_ranks(PLAN), ranked(0)
+    on = jnp.asarray(np.random.default_rng(1).integers(0, 2, (2, 3, 4)), bool)
+    rank = jnp.array([1.0, 0.0, 1.0])
+    masks = {"layers/v": LoRAAdapter(None, on), "q": Mask(jnp.ones(3), jnp.zeros(3), rank)}
+    updates, _ = jax.jit(tx.update)(g, tx.init(g), g, masks=masks)
+    np.testing.assert_array_equal(updates["layers/v"].B, np.where(on, g["layers/v"].B, 0.0))
+    np.testing.assert_array_equal(updates["layers/v"].A, g["layers/v"].A)
+    np.testing.assert_array_equal(updates["q"].E, g["q"].E * rank)
 
 
 def test_frozen_slots_and_unknown_paths() -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 
 class Controller(NamedTuple):
     """Pure functions called around each optimizer step, all of them jittable with static shapes.
 
     init: trainable -> state, an ordinary pytree of arrays with its own step counter; it belongs in the checkpoint.
-    masks: state -> multipliers for `bind` during the coming step (site path -> (stack..., rank)), or None for none.
+    masks: state -> multipliers for `bind` during the coming step (site path -> a mask, see `core.masks`), or None.
     update: (grads, old, new, state) -> (new, state), after the optimizer step. grads are those the optimizer was given
       (after clipping), old and new the trainable partition before and after the step.
     settled: the first step whose adapter has its final form: no earlier one counts as the best of a run.
@@ -21,7 +19,7 @@ class Controller(NamedTuple):
     """
 
     init: Callable[[Any], Any]
-    masks: Callable[[Any], dict[str, jax.Array] | None]
+    masks: Callable[[Any], dict[str, Any] | None]
     update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
     settled: int = 0
     views: Callable[[Any], dict[str, Any]] = lambda state: {}

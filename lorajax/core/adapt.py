@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lorajax.core.bound import Bound, Factor, Term, dense, is_bound
 from lorajax.core.layout import aligned, leaf, matrix, over_stack
+from lorajax.core.masks import apply
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
 from lorajax.core.summary import parameters, summary
@@ -70,12 +71,12 @@ class Adapt:
         return trainable, Frozen(base, {path: a for path, a in aux.items() if jax.tree.leaves(a)})
 
     def bind(self, trainable: Mapping[str, Any], frozen: Frozen, *, key: jax.Array | None = None,
-             masks: Mapping[str, jax.Array] | None = None, onto: Any = None) -> Any:
+             masks: Mapping[str, Any] | None = None, onto: Any = None) -> Any:
         """The params tree with a `Bound` node for each adapted weight: what `lift(fn)` takes for `params`.
 
-        key: PRNG key that turns the adapters' dropout on (training). masks: path -> (stack..., rank) multipliers,
-        applied to every trainable array along its rank dimension. onto: a tree that another Adapt of the same model has
-        bound; its adapters and these add up.
+        key: PRNG key that turns the adapters' dropout on (training). masks: path -> multipliers, (stack..., rank) for
+        every trainable array along its rank dimension or one for each array; see `masks`. onto: a tree that another
+        Adapt of the same model has bound; its adapters and these add up.
         """
         for path in masks or ():
             if path not in self.plan:
@@ -83,15 +84,17 @@ class Adapt:
                 raise ValueError(f"a mask for {path!r}, which no rule adapts; the nearest adapted path is {near[0]!r}")
         leaves: dict[str, Any] = dict(frozen.base) if onto is None else by_path(onto, is_leaf=is_bound)[0]
         for path, choice in self.plan.items():
-            if isinstance(choice, Full):
-                leaves[path] = trainable[path].w.astype(self.sites.leaves[path].dtype)
-                continue
-            site, weight = self.sites[path], leaves[path]
-            w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
-            adapter = self._masked(path, choice, trainable[path], masks)
+            adapter = trainable[path]
             if path in frozen.aux:
                 halves = zip(adapter, frozen.aux[path], strict=True)
                 adapter = type(adapter)(*[train if fixed is None else fixed for train, fixed in halves])
+            if masks and path in masks:
+                adapter = apply(masks[path], choice.leaves, adapter)
+            if isinstance(choice, Full):
+                leaves[path] = adapter.w.astype(self.sites.leaves[path].dtype)
+                continue
+            site, weight = self.sites[path], leaves[path]
+            w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
             if choice.factored:
                 leaves[path] = Bound(w, (*terms, self._term(site, choice, adapter, w, key)), path)
             else:
@@ -99,20 +102,6 @@ class Adapt:
                 w = (w.astype(jnp.float32) + leaf(site, update)).astype(w.dtype)
                 leaves[path] = Bound(w, terms, path) if terms else w
         return jax.tree.unflatten(self.sites.tree, [leaves[path] for path in self.sites.leaves])
-
-    def _masked(self, path: str, choice: Variant, adapter: Any, masks: Mapping[str, jax.Array] | None) -> Any:
-        if masks is None or path not in masks:
-            return adapter
-        mask, stack = masks[path], len(self.sites[path].stack_axes)
-
-        def apply(name: str, x: jax.Array) -> jax.Array:
-            axes = choice.leaves[name].axes
-            if x is None or "rank" not in axes:
-                return x
-            shape = (*mask.shape[:stack], *[mask.shape[-1] if a == "rank" else 1 for a in axes])
-            return x * mask.reshape(shape).astype(x.dtype)
-
-        return adapter._replace(**{name: apply(name, x) for name, x in adapter._asdict().items()})
 
     def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, key: jax.Array | None) -> Term:
         if choice.reads_weight:
@@ -127,7 +116,7 @@ class Adapt:
         return term._replace(key=Factor(keys, site.stack_axes), rate=rate)
 
     def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *,
-              masks: Mapping[str, jax.Array] | None = None) -> Any:
+              masks: Mapping[str, Any] | None = None) -> Any:
         """Plain params, each adapted weight W' in the base's dtype (summed in float32). The partitions stay as they
         are: to unmerge, go on using `frozen.base`, which is the base bit for bit."""
         bound = self.bind(trainable, frozen, masks=masks)
