@@ -6,7 +6,7 @@
 from typing import Any, NamedTuple
 
 from lorajax.core.variant import Variant
-from lorajax.variants import AdaLoRA, LoRA
+from lorajax.variants import AdaLoRA, DoRA, LoRA
 
 
 class Row(NamedTuple):
@@ -30,6 +30,8 @@ class Row(NamedTuple):
 
 
 LORA = {"A": (12, 4), "B": (4, 8)}
+ADALORA = {"A": (12, 4), "E": (4,), "B": (4, 8)}
+NORMS = {"magnitude": (8,), "weight_norm": (8,)}
 
 ROWS: dict[str, Row] = {
     "lora": Row("lora", "2106.09685", LoRA(rank=4), LORA),
@@ -37,10 +39,16 @@ ROWS: dict[str, Row] = {
     "lora-orthogonal": Row("lora", "2106.09685", LoRA(rank=4, initializer="orthogonal"), LORA, in_model=False),
     "lora-embedding": Row("lora", "2106.09685", LoRA(rank=4, initializer="embedding"), LORA, in_model=False),
     "lora-fa": Row("lora", "2308.03303", LoRA(rank=4, freeze_a=True), LORA),
-    "adalora": Row("adalora", "2303.10512", AdaLoRA(rank=4), {"A": (12, 4), "E": (4,), "B": (4, 8)}, penalised=True),
+    "adalora": Row("adalora", "2303.10512", AdaLoRA(rank=4), ADALORA, penalised=True),
+    "dora": Row("dora", "2402.09353", DoRA(LoRA(rank=4)), LORA | NORMS),
+    "dora-full-gradient": Row("dora", "2402.09353", DoRA(LoRA(rank=4), detach=False), LORA | NORMS, in_model=False),
+    "dora-adalora": Row("dora", "2402.09353", DoRA(AdaLoRA(rank=4)), ADALORA | NORMS, penalised=True),
 }
 
 
 def perturbed(adapter: Any, draw: Any) -> Any:
     """`adapter` with every array replaced by noise: nothing is left at a start that hides half of the maths."""
-    return type(adapter)(*(None if x is None else 0.3 * draw(x.shape) for x in adapter))
+    noisy = type(adapter)(*(None if x is None else 0.3 * draw(x.shape) for x in adapter))
+    if getattr(noisy, "weight_norm", None) is not None:  # DoRA: of columns that are shorter than 2 in these tests
+        noisy = noisy._replace(weight_norm=2 + abs(noisy.weight_norm))
+    return noisy

@@ -141,9 +141,9 @@ class Adapt:
         """The variants' own loss terms, summed over matrices; 0 if they have none. Float32 scalar."""
         total = jnp.zeros((), jnp.float32)
         having = {p: c for p, c in self.plan.items()
-                  if isinstance(c, Variant) and type(c).penalty is not Variant.penalty}
+                  if isinstance(c, Variant) and type(c.inner).penalty is not Variant.penalty}
         for path, choice in having.items():
-            alike = [self.sites[p] for p, c in having.items() if type(c) is type(choice)]
+            alike = [self.sites[p] for p, c in having.items() if type(c.inner) is type(choice.inner)]
             one = functools.partial(choice.penalty, share=1.0 / sum(site.extent(site.stack_axes) for site in alike))
             total = total + jnp.sum(over_stack(self.sites[path], one)(trainable[path]))
         return total

@@ -76,6 +76,11 @@ class Variant(abc.ABC):
         return (new if g_in is None else new * g_in[:, None]) - w
 
     @property
+    def inner(self) -> Variant:
+        """The variant that a wrapper (DoRA) wraps, otherwise itself: what controllers look at."""
+        return self
+
+    @property
     def factored(self) -> bool:
         """Whether `lift` may use `factors`; False for variants that only have `delta`."""
         return type(self).factors is not Variant.factors

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lorajax.core.variant import Full
+from lorajax.core.variant import Full, Variant
 from lorajax.variants import NAMES
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -82,11 +82,13 @@ def _arrays(tree: Any) -> dict[str, Any]:
 
 
 def _sites(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """site path -> {'variant': name, hyperparameter: value, ...}."""
+    """site path -> {'variant': name, hyperparameter: value, ...}; a wrapped variant is such a dict too."""
     names = {cls: name for name, cls in NAMES.items()} | {Full: "full"}
-    out = {}
-    for path, variant in plan.items():
-        fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
-        values = {k: v.item() if isinstance(v, jax.Array | np.ndarray) else v for k, v in fields.items()}
-        out[path] = {"variant": names.get(type(variant), type(variant).__name__), **values}
-    return out
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Variant | Full):
+            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+            return {"variant": names.get(type(value), type(value).__name__), **fields}
+        return value.item() if isinstance(value, jax.Array | np.ndarray) else value
+
+    return {path: plain(variant) for path, variant in plan.items()}
