@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 import lorajax as lj
 from lorajax.control import Controller, adalora, compact
+from lorajax.models import params_from_hf
 from lorajax.models.bert import Bert
-from lorajax.models.bert_checkpoint import params_from_hf
 from lorajax.models.bert_config import BertConfig
 from lorajax.train.step import init_state, make_step
 from lorajax.variants import AdaLoRA

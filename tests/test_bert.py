@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorajax.models import Bert, BertConfig, params_from_hf, params_to_hf, stack_layers, unstack_layers
-from lorajax.models.bert import LayerNorm, position_ids
-from lorajax.models.bert_config import ACTIVATIONS
+from lorajax.models.bert import position_ids
+from lorajax.models.norms import LayerNorm
+from lorajax.models.settings import ACTIVATIONS
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ["adalora_bert", "lora_all_linear_rslora_bert", "modules_to_save_roberta"]
@@ -113,7 +114,7 @@ def test_layer_norm_statistics_are_float32():
     """In bfloat16 the mean of 64 values near 200 is lost; the module must not lose it."""
     config = BertConfig(hidden_size=64, num_heads=1, dtype=jnp.bfloat16)
     x = jnp.asarray(200 + np.random.default_rng(0).normal(0, 2, (3, 64)), jnp.bfloat16)
-    y = LayerNorm(config).apply({"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}, x)
+    y = LayerNorm(config, 64, 1e-12).apply({"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}, x)
     exact = np.asarray(x).astype(np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-12)
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), exact, atol=1e-2)

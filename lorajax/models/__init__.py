@@ -1,8 +1,26 @@
 """Plain Flax models that know nothing of low-rank adaptation."""
 
+# The modules named *_checkpoint register what their family's checkpoints look like.
+from lorajax.models import bert_checkpoint, llama_checkpoint  # noqa: F401
 from lorajax.models.bert import Bert
-from lorajax.models.bert_checkpoint import Loaded, params_from_hf, params_to_hf
 from lorajax.models.bert_config import BertConfig
+from lorajax.models.checkpoint import Loaded, hf_names, params_from_hf, params_to_hf
+from lorajax.models.families import FAMILIES, model_from_hf
+from lorajax.models.llama import Llama
+from lorajax.models.llama_config import LlamaConfig
 from lorajax.models.stacking import stack_layers, unstack_layers
 
-__all__ = ["Bert", "BertConfig", "Loaded", "params_from_hf", "params_to_hf", "stack_layers", "unstack_layers"]
+__all__ = [
+    "FAMILIES",
+    "Bert",
+    "BertConfig",
+    "Llama",
+    "LlamaConfig",
+    "Loaded",
+    "hf_names",
+    "model_from_hf",
+    "params_from_hf",
+    "params_to_hf",
+    "stack_layers",
+    "unstack_layers",
+]

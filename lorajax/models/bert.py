@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lorajax.models.bert_config import ACTIVATIONS, BertConfig
+from lorajax.models.attention import Attention
+from lorajax.models.bert_config import BertConfig
+from lorajax.models.layers import FeedForward, rematerialised, scanned
+from lorajax.models.norms import LayerNorm
 
 
 def position_ids(config: BertConfig, input_ids: jax.Array) -> jax.Array:
@@ -45,24 +48,6 @@ def _head_dropout(config: BertConfig, deterministic: bool) -> nn.Dropout:
     return nn.Dropout(rate, deterministic=deterministic)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis with float32 statistics whatever the dtype of x; returns dtype `config.dtype`."""
-
-    config: BertConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape, dtype = (self.config.hidden_size,), self.config.param_dtype
-        scale = self.param("scale", nn.initializers.ones, shape, dtype).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, dtype).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        lead = (1,) * (x.ndim - 1)
-        y = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
-        return (y * scale.reshape(*lead, -1) + bias.reshape(*lead, -1)).astype(self.config.dtype)
-
-
 class Embeddings(nn.Module):
     """Word + position + token type, summed in float32, normalised, dropped out: (B, T) ids -> (B, T, D)."""
 
@@ -78,7 +63,7 @@ class Embeddings(nn.Module):
 
         self.word, self.position = table(c.vocab_size), table(c.max_positions)
         self.token_type = table(c.type_vocab_size)
-        self.norm = LayerNorm(c)
+        self.norm = LayerNorm(c, c.hidden_size, c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -86,47 +71,6 @@ class Embeddings(nn.Module):
         x = x + self.position(positions).astype(jnp.float32)
         x = x + self.token_type(token_type_ids).astype(jnp.float32)
         return self.dropout(self.norm(x))
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with 2-D kernels: (B, T, D), key mask (B, T) -> (B, T, D)."""
-
-    config: BertConfig
-    deterministic: bool
-
-    def setup(self) -> None:
-        c = self.config
-        self.query, self.key, self.value, self.output = (_dense(c, c.hidden_size) for _ in range(4))
-        self.dropout = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        c = self.config
-        heads = (*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
-        q, k, v = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
-        mask = mask[:, None, None, :]
-        if self.deterministic or c.attention_dropout == 0.0:
-            # JAX's function mixes bf16 with float32, which strict promotion forbids. This context covers the forward
-            # pass; a bf16 gradient under strict promotion needs the same context around the whole trace.
-            with jax.numpy_dtype_promotion("standard"):
-                y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=c.attention)
-        else:
-            logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * heads[-1] ** -0.5
-            weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
-            y = jnp.einsum("bhqk,bkhd->bqhd", self.dropout(weights).astype(v.dtype), v)
-        return self.output(y.reshape(x.shape))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with the activation between: (B, T, D) -> (B, T, D)."""
-
-    config: BertConfig
-
-    def setup(self) -> None:
-        self.up = _dense(self.config, self.config.intermediate_size)
-        self.down = _dense(self.config, self.config.hidden_size)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.config.activation](self.up(x)))
 
 
 class Layer(nn.Module):
@@ -137,13 +81,18 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.attention = SelfAttention(c, self.deterministic)
-        self.attention_norm, self.ffn_norm = LayerNorm(c), LayerNorm(c)
-        self.ffn = FeedForward(c)
+        self.attention = Attention(
+            c, c.hidden_size, c.num_heads, c.num_heads, c.hidden_size // c.num_heads, init_std=c.initializer_range,
+            dropout=c.attention_dropout, deterministic=self.deterministic,
+        )  # fmt: skip
+        self.attention_norm, self.ffn_norm = (LayerNorm(c, c.hidden_size, c.layer_norm_eps) for _ in range(2))
+        self.ffn = FeedForward(
+            c, c.hidden_size, c.intermediate_size, c.activation, init_std=c.initializer_range
+        )
         self.dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask[:, None, None, :])[0]))
         return self.ffn_norm(x + self.dropout(self.ffn(x))), None
 
 
@@ -177,18 +126,10 @@ class Bert(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embeddings = Embeddings(c, self.deterministic)
-        layer = Layer if c.remat == "none" else nn.remat(Layer, policy=_policy(c), prevent_cse=not c.scan_layers)
         if c.scan_layers:
-            stack = nn.scan(
-                layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
-                length=c.num_layers,
-            )
-            self.layers = stack(c, self.deterministic)
+            self.layers = scanned(Layer, c, c.num_layers, nn.broadcast)(c, self.deterministic)
         else:
-            self.layer = [layer(c, self.deterministic) for _ in range(c.num_layers)]
+            self.layer = [rematerialised(Layer, c)(c, self.deterministic) for _ in range(c.num_layers)]
         if c.has_pooler:
             self.pooler = _dense(c, c.hidden_size)
         if c.family == "roberta":
@@ -253,8 +194,3 @@ class Bert(nn.Module):
         if self.config.family == "bert":
             x = self.head_dropout(x)
         return self.classifier(x)
-
-
-def _policy(config: BertConfig) -> Any:
-    """The `jax.checkpoint` policy of `config.remat`; None keeps nothing but the layer's input."""
-    return None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)

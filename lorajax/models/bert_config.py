@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-"""`hidden_act` names of Hugging Face; `gelu` is the exact one (erf)."""
+from lorajax.models.settings import ACTIVATIONS, Execution, choice, number_of_labels, read_keys
 
 FAMILIES: Mapping[str, str] = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}
 """`model_type` of Hugging Face -> family, which decides the position rule, the head and the names in a checkpoint."""
 
-REMAT_POLICIES = (
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "everything_saveable",
-    "nothing_saveable",
-)
-
-
-@dataclass(frozen=True)
-class BertConfig:
-    """Architecture and execution choices of `Bert`. Field defaults are those of bert-base-uncased.
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(Execution):
+    """Architecture of `Bert`; how it is executed is in `Execution`. Field defaults are those of bert-base-uncased.
 
     family: 'bert' or 'roberta'.
     pooling: 'first' (first token) or 'mean' (over unmasked tokens). With family 'bert', 'first' goes through the
         pooler (dense + tanh), 'mean' has no pooler. With 'roberta' either goes through the head's own dense + tanh.
     num_labels: width of the head; 1 is regression.
-    dtype: computation dtype of the matrix products; LayerNorm, softmax and the last linear layer run in float32.
-    param_dtype: dtype of the stored parameters.
-    scan_layers: one stacked tree `layers` (leading axis = layer) run by `lax.scan`, instead of `layer_0`, `layer_1`...
-    remat: 'none', 'full', or a name in `jax.checkpoint_policies` (see `REMAT_POLICIES`), applied to each layer.
-    attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla' or 'cudnn'. Attention
-        dropout needs the probabilities, so a training pass with `attention_dropout` > 0 does not use it.
+    attention_dropout: needs the probabilities, so a training pass with it does not use the fused kernels.
     """
 
     family: str = "bert"
@@ -66,17 +39,12 @@ class BertConfig:
     initializer_range: float = 0.02
     num_labels: int = 2
     pooling: str = "first"
-    dtype: Any = field(default=jnp.float32)
-    param_dtype: Any = field(default=jnp.float32)
-    scan_layers: bool = False
-    remat: str = "none"
-    attention: Literal["xla", "cudnn"] | None = None
 
     def __post_init__(self) -> None:
-        _choice("family", self.family, ("bert", "roberta"))
-        _choice("pooling", self.pooling, ("first", "mean"))
-        _choice("activation (hidden_act)", self.activation, tuple(ACTIVATIONS))
-        _choice("remat", self.remat, ("none", "full", *REMAT_POLICIES))
+        super().__post_init__()
+        choice("family", self.family, ("bert", "roberta"))
+        choice("pooling", self.pooling, ("first", "mean"))
+        choice("activation (hidden_act)", self.activation, tuple(ACTIVATIONS))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
@@ -104,21 +72,15 @@ class BertConfig:
         a decoder, and for a required key that is missing (each named); TypeError for an unknown override.
         """
         model_type = str(config.get("model_type"))
-        if model_type not in FAMILIES:
-            raise ValueError(_unknown("model_type", model_type, tuple(FAMILIES)))
+        choice("model_type", model_type, tuple(FAMILIES))
         if config.get("position_embedding_type", "absolute") != "absolute":
             kind = config["position_embedding_type"]
             raise ValueError(f"position_embedding_type {kind!r} is not implemented; this model has: 'absolute'")
         for switch in ("is_decoder", "add_cross_attention"):
             if config.get(switch):
                 raise ValueError(f"{switch} is true in this config.json; this model is an encoder only")
-        missing = sorted(key for key in _HF_KEYS if key not in config)
-        if missing:
-            raise ValueError(f"config.json lacks {missing}; it has {sorted(config)}")
-        fields: dict[str, Any] = {ours: config[theirs] for theirs, ours in _HF_KEYS.items()}
-        fields |= {ours: config[theirs] for theirs, ours in _HF_OPTIONAL.items() if config.get(theirs) is not None}
-        labels = config.get("num_labels") or len(config.get("id2label") or ()) or 2
-        fields |= {"family": FAMILIES[model_type], "num_labels": labels}
+        fields = read_keys(config, _HF_KEYS, _HF_OPTIONAL)
+        fields |= {"family": FAMILIES[model_type], "num_labels": number_of_labels(config)}
         return cls(**(fields | overrides))
 
 
@@ -140,14 +102,3 @@ _HF_OPTIONAL = {
     "classifier_dropout": "head_dropout",
     "initializer_range": "initializer_range",
 }
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(_unknown(name, value, known))
-
-
-def _unknown(name: str, value: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{name} {value!r} is not implemented; this model has: {', '.join(known)}{hint}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,17 +12,14 @@ import jax.numpy as jnp
 def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """`{'params': {'layer_0': ..., 'layer_1': ...}}` -> `{'params': {'layers': ...}}` with leaves (L, ...).
 
-    The other subtrees are kept as they are. Pure; works under jit.
+    Wherever layers are in the tree (a model may have an encoder's and a decoder's); the other subtrees are kept as they
+    are. Pure; works under jit.
     Errors: ValueError if there is no `layer_0`, or if the layers are not numbered 0..L-1.
     """
-    params = dict(variables["params"])
-    found = sorted(name for name in params if name.removeprefix("layer_").isdecimal())
-    expected = [f"layer_{i}" for i in range(len(found))]
-    if not found or set(found) != set(expected):
-        raise ValueError(f"to stack, params must hold layer_0 .. layer_(L-1); it holds {sorted(params)}")
-    layers = [params.pop(name) for name in expected]
-    params["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return {**variables, "params": params}
+    done, found = _everywhere(variables, _stack)
+    if not found:
+        raise ValueError(f"to stack, params must hold layer_0 .. layer_(L-1); it holds {sorted(variables['params'])}")
+    return done
 
 
 def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,13 +27,42 @@ def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     Errors: ValueError if there is no `layers`, or if its leaves differ in their first dimension.
     """
-    params = dict(variables["params"])
-    if "layers" not in params:
-        raise ValueError(f"to unstack, params must hold 'layers'; it holds {sorted(params)}")
-    layers = params.pop("layers")
+    done, found = _everywhere(variables, _unstack)
+    if not found:
+        raise ValueError(f"to unstack, params must hold 'layers'; it holds {sorted(variables['params'])}")
+    return done
+
+
+def _everywhere(tree: Any, change: Callable[[dict[str, Any]], bool]) -> tuple[Any, bool]:
+    """A copy of the tree with `change` made in each dictionary, outermost first; whether it changed any."""
+    if not isinstance(tree, Mapping):
+        return tree, False
+    tree = dict(tree)
+    if change(tree):
+        return tree, True
+    below = {name: _everywhere(child, change) for name, child in tree.items()}
+    return {name: child for name, (child, _) in below.items()}, any(found for _, found in below.values())
+
+
+def _stack(tree: dict[str, Any]) -> bool:
+    found = [name for name in tree if name.startswith("layer_") and name.removeprefix("layer_").isdecimal()]
+    if not found:
+        return False
+    expected = [f"layer_{i}" for i in range(len(found))]
+    if set(found) != set(expected):
+        raise ValueError(f"to stack, params must hold layer_0 .. layer_(L-1); it holds {sorted(tree)}")
+    layers = [tree.pop(name) for name in expected]
+    tree["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return True
+
+
+def _unstack(tree: dict[str, Any]) -> bool:
+    if "layers" not in tree:
+        return False
+    layers = tree.pop("layers")
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(layers)}
     if len(lengths) != 1:
         raise ValueError(f"leaves of 'layers' have different numbers of layers: {sorted(lengths)}")
     for i in range(lengths.pop()):
-        params[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-    return {**variables, "params": params}
+        tree[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+    return True

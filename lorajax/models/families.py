@@ -1,0 +1,41 @@
+"""From a Hugging Face `config.json` to the model that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+
+from lorajax.models.bert import Bert
+from lorajax.models.bert_config import FAMILIES as BERTS
+from lorajax.models.bert_config import BertConfig
+from lorajax.models.llama import Llama
+from lorajax.models.llama_config import MEMBERS as LLAMAS
+from lorajax.models.llama_config import LlamaConfig
+from lorajax.models.settings import choice
+
+
+class Family(NamedTuple):
+    """config: class with `from_hf`; model: the Linen module of such a config, `model(config)`."""
+
+    config: Any
+    model: Any
+
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(BERTS, Family(BertConfig, Bert)),
+    **dict.fromkeys(LLAMAS, Family(LlamaConfig, Llama)),
+}
+"""`model_type` of Hugging Face -> Family."""
+
+
+def model_from_hf(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """The model of a config.json's dictionary; its configuration is `model.config`, of which `overrides` are fields.
+
+    Error: ValueError with the nearest name for an unknown `model_type`, and what the family's `from_hf` raises.
+    """
+    kind = str(config.get("model_type"))
+    choice("model_type", kind, tuple(FAMILIES))
+    family = FAMILIES[kind]
+    return family.model(family.config.from_hf(config, **overrides))

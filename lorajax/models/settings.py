@@ -1,0 +1,88 @@
+"""What every model's configuration shares: how it is executed, and how a Hugging Face `config.json` is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""`hidden_act` names of Hugging Face; `gelu` is the exact one (erf)."""
+
+REMAT_POLICIES = (
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+    "nothing_saveable",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model runs, whatever its architecture; results are the same up to rounding.
+
+    dtype: computation dtype of the matrix products; norms and softmax run in float32.
+    param_dtype: dtype of the stored parameters.
+    scan_layers: one stacked tree `layers` (leading axis = layer) run by `lax.scan`, instead of `layer_0`, `layer_1`...
+    remat: 'none', 'full', or a name in `jax.checkpoint_policies` (see `REMAT_POLICIES`), applied to each layer.
+    attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla' or 'cudnn' (fused, on
+        NVIDIA GPUs with a 16-bit dtype).
+    """
+
+    dtype: Any = field(default=jnp.float32)
+    param_dtype: Any = field(default=jnp.float32)
+    scan_layers: bool = False
+    remat: str = "none"
+    attention: Literal["xla", "cudnn"] | None = None
+
+    def __post_init__(self) -> None:
+        choice("remat", self.remat, ("none", "full", *REMAT_POLICIES))
+
+    @property
+    def remat_policy(self) -> Any:
+        """The `jax.checkpoint` policy of `remat`; None keeps nothing but the layer's input."""
+        return None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+
+
+def choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Error: ValueError with the nearest name unless `value` is one of `known`."""
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} {value!r} is not implemented; this model has: {', '.join(known)}{hint}")
+
+
+def read_keys(config: Mapping[str, Any], required: Mapping[str, str], optional: Mapping[str, str]) -> dict[str, Any]:
+    """Fields (ours) from the keys (theirs) of a config.json; `optional` ones only where they are there and not null.
+
+    Error: ValueError that names the required keys which are missing.
+    """
+    missing = sorted(key for key in required if key not in config)
+    if missing:
+        raise ValueError(f"config.json lacks {missing}; it has {sorted(config)}")
+    fields = {ours: config[theirs] for theirs, ours in required.items()}
+    return fields | {ours: config[theirs] for theirs, ours in optional.items() if config.get(theirs) is not None}
+
+
+def number_of_labels(config: Mapping[str, Any]) -> int:
+    """`num_labels`, or the size of `id2label`, or Hugging Face's default 2."""
+    return config.get("num_labels") or len(config.get("id2label") or ()) or 2
