@@ -200,5 +200,5 @@ def test_member_equals_transformers(name: str, tmp_path: Path) -> None:
     close(have, want, mask, 2e-5)
     cache = model.empty_cache(2, 12)  # and again, all at once, through the cache
     if name != "dynamic":
-        out, _ = jax.jit(lambda v: model.apply(v, jnp.asarray(ids), cache, jnp.asarray(mask), method="decode"))(variables)
+        out, _ = jax.jit(model.apply, static_argnames="method")(variables, ids, cache, mask, method="decode")
         close(out, want, mask, 2e-5)
