@@ -11,7 +11,10 @@ import optax
 from lorajax.optim.freeze_ranks import freeze_ranks
 from lorajax.optim.lora_fa import lora_fa, lora_fa_projected, project_b
 from lorajax.optim.lora_plus import groups, lora_plus
+from lorajax.optim.lora_pro import lora_pro
+from lorajax.optim.lora_rite import lora_rite
 from lorajax.optim.recipe import adamw, warmup_schedule
+from lorajax.optim.riemannian import riemannian
 from lorajax.variants import LoRA
 
 
@@ -34,10 +37,13 @@ NAMES: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyT
     "lora_plus": _lora_plus,
     "lora_fa": _lora_fa,
     "lora_fa_projected": _lora_fa_projected,
+    "riemannian": riemannian,
+    "lora_pro": lora_pro,
+    "lora_rite": lora_rite,
 })
 """Name -> ``(learning_rate, *, adapt, weight_decay, **settings)``: an optimizer that includes its learning rate."""
 
 __all__ = [
-    "NAMES", "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "project_b",
-    "warmup_schedule",
+    "NAMES", "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "lora_pro", "lora_rite",
+    "project_b", "riemannian", "warmup_schedule",
 ]

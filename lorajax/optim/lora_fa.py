@@ -26,8 +26,9 @@ def lora_fa_projected(learning_rate: optax.ScalarOrSchedule, labels: dict[str, A
                       damping: float = 1e-8) -> optax.GradientTransformation:
     """PEFT's LoraFAOptimizer: AdamW on the gradient of B that best explains the full gradient (see `project_b`).
 
-    Its learning rate is not that of `lora_fa`. Two differences from PEFT: the product is float32 (PEFT runs it under
-    bfloat16 autocast), and weight decay acts on B before the step, as in AdamW, where PEFT's acts after it.
+    Its learning rate is not that of `lora_fa`. Three differences from PEFT: the product is float32 (PEFT runs it under
+    bfloat16 autocast), weight decay acts on B before the step, as in AdamW, where PEFT's acts after it, and eps is
+    added after the bias correction, as in Adam's paper, where PEFT's comes before it.
     """
     tail = lora_fa(optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay), labels)
     return optax.chain(project_b(scales, damping), tail)

@@ -1,0 +1,116 @@
+"""Where the pairs (A, B) of ``s A B`` are, and the split of a trainable partition into pairs and everything else.
+
+For the optimizers that treat A and B together. They work on matrices (stack..., rows, columns): stacked layers need no
+loop, because every matrix product and decomposition is batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Pair(NamedTuple):
+    """a, b: field names of A and B in the site's adapter. scale: s in front of A B, None where the variant has none."""
+
+    a: str
+    b: str
+    scale: float | jax.Array | None
+
+
+class Factors(NamedTuple):
+    """A: (stack..., in, rank). B: (stack..., rank, out). Of parameters, gradients or updates."""
+
+    A: jax.Array
+    B: jax.Array
+
+
+def pairs(adapt: Any) -> dict[str, Pair]:
+    """site path -> its pair, read off the leaf tables: one trained A (in, rank), one trained B (rank, out), and no
+    third array with a rank axis between them (AdaLoRA's E, a gate); nor a site whose A gets no gradient (LoRA-FA).
+
+    ValueError if there is none.
+    """
+    found = {}
+    for path, variant in adapt.plan.items():
+        trained = {name: leaf for name, leaf in variant.leaves.items() if leaf.trainable}
+        ranked = {leaf.axes: name for name, leaf in trained.items() if "rank" in leaf.axes}
+        alone = sum("rank" in leaf.axes for leaf in trained.values()) == 2
+        if alone and set(ranked) == {("in", "rank"), ("rank", "out")} and not getattr(variant, "freeze_a", False):
+            found[path] = Pair(ranked["in", "rank"], ranked["rank", "out"], getattr(variant, "scale", None))
+    if not found:
+        kinds = sorted({type(variant).__name__ for variant in adapt.plan.values()})
+        raise ValueError(f"no site has a trained pair (A, B); the rules made {', '.join(kinds) or 'none'}: adapt at "
+                         f"least one path with LoRA or another variant of the form s A B, or use the optimizer 'adamw'")
+    return found
+
+
+def factors(where: Mapping[str, Pair], tree: Mapping[str, Any]) -> dict[str, Factors]:
+    """The pairs of `tree` (parameters or gradients), float32."""
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    return {path: Factors(wide(getattr(tree[path], p.a)), wide(getattr(tree[path], p.b))) for path, p in where.items()}
+
+
+def replaced(where: Mapping[str, Pair], tree: Mapping[str, Any], new: Mapping[str, Factors]) -> dict[str, Any]:
+    """`tree` with the pairs `new`, cast to the dtypes that stand there."""
+    def put(path: str, p: Pair) -> Any:
+        old = tree[path]
+        return old._replace(**{p.a: new[path].A.astype(getattr(old, p.a).dtype),
+                               p.b: new[path].B.astype(getattr(old, p.b).dtype)})
+
+    return {**tree, **{path: put(path, p) for path, p in where.items()}}
+
+
+def map_pairs(where: Mapping[str, Pair], function: Any) -> optax.GradientTransformation:
+    """Stateless: ``function(pair, parameters, gradients) -> gradients`` at every pair; all else passes through."""
+
+    def update(updates: dict[str, Any], state: Any, params: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("this optimizer needs the parameters: call tx.update(grads, state, params)")
+        weights, grads = factors(where, params), factors(where, updates)
+        new = {path: function(where[path], weights[path], grads[path]) for path in where}
+        return replaced(where, updates, new), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def on_pairs(where: Mapping[str, Pair], inner: optax.GradientTransformation,
+             rest: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on ``{path: Factors}`` in float32, `rest` on what is left: heads, magnitudes, adapters of other forms."""
+
+    def others(tree: dict[str, Any]) -> dict[str, Any]:
+        return {**tree, **{path: tree[path]._replace(**{p.a: None, p.b: None}) for path, p in where.items()}}
+
+    def init(params: dict[str, Any]) -> Any:
+        return inner.init(factors(where, params)), rest.init(others(params))
+
+    def update(updates: dict[str, Any], state: Any, params: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("this optimizer needs the parameters: call tx.update(grads, state, params)")
+        new, first = inner.update(factors(where, updates), state[0], factors(where, params))
+        left, second = rest.update(others(updates), state[1], others(params))
+        whole = {path: left[path]._replace(**{p.a: getattr(updates[path], p.a), p.b: getattr(updates[path], p.b)})
+                 for path, p in where.items()}
+        return replaced(where, {**left, **whole}, new), (first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def gram_inverse(gram: jax.Array, damping: float) -> jax.Array:
+    """pinv(gram + damping I) of symmetric (stack..., rank, rank), float32: eigenvalues below ``rank * eps`` of the
+    largest count as zero, as in torch's pinv, so that rounding is never inverted."""
+    w, v = eigen(gram)
+    w = w + damping
+    keep = w > gram.shape[-1] * jnp.finfo(jnp.float32).eps * w[..., -1:]
+    inverse = jnp.where(keep, 1.0 / jnp.where(keep, w, 1.0), 0.0)
+    return (v * inverse[..., None, :]) @ v.mT
+
+
+def eigen(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues (ascending, negative ones from rounding set to 0) and eigenvectors of symmetric matrices."""
+    w, v = jnp.linalg.eigh(gram)
+    return jnp.maximum(w, 0.0), v
