@@ -26,7 +26,7 @@ PAPER |= {"wnli": (32, 80, 5e-4, 256), "reviews": (32, 2, 5e-4, 64)}
 # For `minilm`, a small encoder: fewer epochs and a larger learning rate.
 SMALL = {
     "mnli": (32, 3, 1e-3, 128),
-    "sst2": (32, 5, 1e-3, 64),
+    "sst2": (32, 10, 3e-4, 64),
     "mrpc": (32, 20, 1e-3, 128),
     "cola": (32, 20, 1e-3, 64),
     "qnli": (32, 5, 1e-3, 128),
