@@ -5,15 +5,30 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from lorajax.core.variant import Variant
-from lorajax.variants import AdaLoRA, DoRA, LoRA
+from lorajax.variants import (
+    IA3,
+    AdaLoRA,
+    DeLoRA,
+    DoRA,
+    GraLoRA,
+    HiRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    SHiRA,
+)
 
 
 class Row(NamedTuple):
     """What is promised of one variant.
 
-    name: in `NAMES`. paper: arXiv id, in the class's docstring. variant: small, for a (12, 8) weight.
+    name: in `NAMES`. paper: arXiv (or OpenReview) id, in the class's docstring. variant: small, for a (12, 8) weight.
     shapes: of the adapter's arrays for a (12, 8) weight. identity: the start leaves the function as it is.
+    drawn: the start depends on the key.
     penalised: it has a loss term of its own. merges: `merge` gives plain weights. lr: Adam's, for eight examples.
     in_model: run the tests in a model too; False where an option of a listed variant changes only its start or scale.
     """
@@ -23,6 +38,7 @@ class Row(NamedTuple):
     variant: Variant
     shapes: dict[str, tuple[int, ...]]
     identity: bool = True
+    drawn: bool = True
     penalised: bool = False
     merges: bool = True
     lr: float = 0.03
@@ -43,12 +59,38 @@ ROWS: dict[str, Row] = {
     "dora": Row("dora", "2402.09353", DoRA(LoRA(rank=4)), LORA | NORMS),
     "dora-full-gradient": Row("dora", "2402.09353", DoRA(LoRA(rank=4), detach=False), LORA | NORMS, in_model=False),
     "dora-adalora": Row("dora", "2402.09353", DoRA(AdaLoRA(rank=4)), ADALORA | NORMS, penalised=True),
+    "loha": Row("loha", "2108.06098", LoHa(rank=4), {"A1": (12, 4), "B1": (4, 8), "A2": (12, 4), "B2": (4, 8)}),
+    "loha-normal": Row("loha", "2309.14859", LoHa(rank=2, initializer="normal"),
+                       {"A1": (12, 2), "B1": (2, 8), "A2": (12, 2), "B2": (2, 8)}, in_model=False),
+    "lokr": Row("lokr", "2309.14859", LoKr(rank=1), {"W1": (3, 2), "A2": (4, 1), "B2": (1, 4)}),
+    "lokr-lycoris": Row("lokr", "2309.14859", LoKr(rank=1, decompose_both=True, initializer="lycoris", factor=2),
+                        {"W1": (2, 2), "A2": (6, 1), "B2": (1, 4)}, in_model=False),
+    "hira": Row("hira", "TwJrTz9cRS", HiRA(rank=4), LORA, lr=0.1),
+    "gralora": Row("gralora", "2505.20355", GraLoRA(rank=4, alpha=8.0), LORA),
+    "gralora-hybrid": Row("gralora", "2505.20355", GraLoRA(rank=4, alpha=8.0, hybrid_rank=2),
+                          LORA | {"A0": (12, 2), "B0": (2, 8)}, in_model=False),
+    "miss": Row("miss", "2409.15371", MiSS(rank=5), {"D": (5, 8)}, drawn=False),
+    "miss-bat": Row("miss", "2409.15371", MiSS(rank=4, mode="bat"), {"D": (2, 4, 4)}, drawn=False, in_model=False),
+    "miss-mini": Row("miss", "2409.15371", MiSS(rank=6, mode="mini", mini_rank=4), {"D": (6, 4)}, drawn=False,
+                     in_model=False),
+    "delora": Row("delora", "2503.18225", DeLoRA(rank=4, strength=2.0), LORA | {"lam": (), "norm": (12,)}),
+    "delora-residual": Row("delora", "2503.18225", DeLoRA(rank=4, strength=2.0, initializer="residual"),
+                           LORA | {"lam": (), "norm": (12,), "A0": (12, 4), "B0": (4, 8)}, in_model=False),
+    "ia3": Row("ia3", "2205.05638", IA3(), {"l_out": (8,)}, drawn=False, lr=0.1),
+    "ia3-in": Row("ia3", "2205.05638", IA3(side="in"), {"l_in": (12,)}, drawn=False, lr=0.1),
+    "shira": Row("shira", "2406.13175", SHiRA(rank=4), {"values": (80,), "indices": (2, 80)}),
 }
 
 
 def perturbed(adapter: Any, draw: Any) -> Any:
-    """`adapter` with every array replaced by noise: nothing is left at a start that hides half of the maths."""
-    noisy = type(adapter)(*(None if x is None else 0.3 * draw(x.shape) for x in adapter))
+    """`adapter` with every array replaced by noise: nothing is left at a start that hides half of the maths. Integers,
+    which are positions in a weight, are replaced by small ones."""
+    def noise(x: Any) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) * 5 % 8
+        return 0.3 * draw(x.shape) + (0.5 if x.ndim == 0 else 0.0)  # one number alone may happen to be next to 0
+
+    noisy = type(adapter)(*(None if x is None else noise(x) for x in adapter))
     if getattr(noisy, "weight_norm", None) is not None:  # DoRA: of columns that are shorter than 2 in these tests
         noisy = noisy._replace(weight_norm=2 + abs(noisy.weight_norm))
     return noisy

@@ -64,7 +64,8 @@ class Adapt:
             adapter, w_new = start(choice, _layout(site), fold(key, path), base[path], (stats or {}).get(path))
             if choice.rewrites_weight:
                 base[path] = leaf(site, w_new).astype(base[path].dtype)
-            adapter = jax.tree.map(lambda x: x.astype(self.dtype), adapter)
+            adapter = jax.tree.map(lambda x: x.astype(self.dtype) if jnp.isdtype(x.dtype, "real floating") else x,
+                                   adapter)  # positions stay integers
             trains = {name: row.trainable for name, row in choice.leaves.items()}
             trainable[path] = adapter._replace(**{name: None for name, on in trains.items() if not on})
             aux[path] = adapter._replace(**{name: None for name, on in trains.items() if on})

@@ -96,6 +96,10 @@ class Variant(abc.ABC):
         """The variant to use on a lookup table (embedding), where a paper starts it differently."""
         return self
 
+    def for_conv(self, window: int) -> Variant:
+        """The variant to use on a convolution whose kernel has `window` positions: in is these, then channels."""
+        return self
+
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError (value, limit, remedy) if the hyperparameters cannot fit an (n_in, n_out) weight."""
         rank = getattr(self, "rank", None)

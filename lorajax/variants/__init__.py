@@ -7,14 +7,43 @@ from types import MappingProxyType
 
 from lorajax.core.variant import Variant
 from lorajax.variants.adalora import AdaLoRA
+from lorajax.variants.delora import DeLoRA
 from lorajax.variants.dora import DoRA
+from lorajax.variants.gralora import GraLoRA
+from lorajax.variants.hira import HiRA
+from lorajax.variants.ia3 import IA3
+from lorajax.variants.loha import LoHa
+from lorajax.variants.lokr import LoKr
 from lorajax.variants.lora import LoRA
+from lorajax.variants.miss import MiSS
+from lorajax.variants.shira import SHiRA
 
 NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "lora": LoRA,
     "adalora": AdaLoRA,
     "dora": DoRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "hira": HiRA,
+    "gralora": GraLoRA,
+    "miss": MiSS,
+    "delora": DeLoRA,
+    "ia3": IA3,
+    "shira": SHiRA,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
-__all__ = ["NAMES", "AdaLoRA", "DoRA", "LoRA"]
+__all__ = [
+    "IA3",
+    "NAMES",
+    "AdaLoRA",
+    "DeLoRA",
+    "DoRA",
+    "GraLoRA",
+    "HiRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "MiSS",
+    "SHiRA",
+]

@@ -117,6 +117,10 @@ class DoRA(Variant):
         """Around what `of` is on a lookup table."""
         return replace(self, of=self.of.for_lookup()) if self.of else self
 
+    def for_conv(self, window: int) -> DoRA:
+        """Around what `of` is on a convolution."""
+        return replace(self, of=self.of.for_conv(window)) if self.of else self
+
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError where `of` does, and for one that scales the weight."""
         if self.of:
