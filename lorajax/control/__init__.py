@@ -8,6 +8,15 @@ from types import MappingProxyType
 from lorajax.control.adalora import AdaLoRAState, adalora, budget_schedule
 from lorajax.control.compact import compact
 from lorajax.control.controller import Controller, identity
+from lorajax.control.importance import (
+    effective_rank,
+    energy_rank,
+    importance,
+    smoothed_sensitivity,
+    spectra,
+    stable_rank,
+)
+from lorajax.control.ranks import allocate, with_ranks
 
 NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
     "identity": lambda adapt, *, total_steps: identity(),
@@ -15,4 +24,7 @@ NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
 })
 """Name -> ``(adapt, *, total_steps, **settings) -> Controller``."""
 
-__all__ = ["NAMES", "AdaLoRAState", "Controller", "adalora", "budget_schedule", "compact", "identity"]
+__all__ = [
+    "NAMES", "AdaLoRAState", "Controller", "adalora", "allocate", "budget_schedule", "compact", "effective_rank",
+    "energy_rank", "identity", "importance", "smoothed_sensitivity", "spectra", "stable_rank", "with_ranks",
+]

@@ -40,8 +40,9 @@ def pairs(adapt: Any) -> dict[str, Pair]:
         trained = {name: leaf for name, leaf in variant.leaves.items() if leaf.trainable}
         ranked = {leaf.axes: name for name, leaf in trained.items() if "rank" in leaf.axes}
         alone = sum("rank" in leaf.axes for leaf in trained.values()) == 2
-        if alone and set(ranked) == {("in", "rank"), ("rank", "out")} and not getattr(variant, "freeze_a", False):
-            found[path] = Pair(ranked["in", "rank"], ranked["rank", "out"], getattr(variant, "scale", None))
+        inner = getattr(variant, "inner", variant)  # DoRA's: the gradient of the wrapped update has the same form
+        if alone and set(ranked) == {("in", "rank"), ("rank", "out")} and not getattr(inner, "freeze_a", False):
+            found[path] = Pair(ranked["in", "rank"], ranked["rank", "out"], getattr(inner, "scale", None))
     if not found:
         kinds = sorted({type(variant).__name__ for variant in adapt.plan.values()})
         raise ValueError(f"no site has a trained pair (A, B); the rules made {', '.join(kinds) or 'none'}: adapt at "
