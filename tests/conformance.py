@@ -5,6 +5,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from lorajax.core.variant import Variant
@@ -20,6 +21,7 @@ from lorajax.variants import (
     LoRA,
     MiSS,
     SHiRA,
+    VeRA,
 )
 
 
@@ -48,6 +50,7 @@ class Row(NamedTuple):
 LORA = {"A": (12, 4), "B": (4, 8)}
 ADALORA = {"A": (12, 4), "E": (4,), "B": (4, 8)}
 NORMS = {"magnitude": (8,), "weight_norm": (8,)}
+VERA = {"A": (12, 4), "B": (4, 8), "d": (4,), "b": (8,)}
 
 ROWS: dict[str, Row] = {
     "lora": Row("lora", "2106.09685", LoRA(rank=4), LORA),
@@ -79,17 +82,29 @@ ROWS: dict[str, Row] = {
     "ia3": Row("ia3", "2205.05638", IA3(), {"l_out": (8,)}, drawn=False, lr=0.1),
     "ia3-in": Row("ia3", "2205.05638", IA3(side="in"), {"l_in": (12,)}, drawn=False, lr=0.1),
     "shira": Row("shira", "2406.13175", SHiRA(rank=4), {"values": (80,), "indices": (2, 80)}),
+    "vera": Row("vera", "2310.11454", VeRA(rank=4, d_initial=0.5), VERA, drawn=False),
+    "dora-vera": Row("dora", "2402.09353", DoRA(VeRA(rank=4, d_initial=0.5)), VERA | NORMS, drawn=False),
 }
+
+
+def started(variant: Variant, key: jax.Array, w: jax.Array) -> tuple[Any, jax.Array]:
+    """`init` of one matrix, with the arrays that it would share with others."""
+    adapter, w_new = variant.init(key, w)
+    if any(leaf.shared for leaf in variant.leaves.values()):
+        adapter = adapter._replace(**variant.init_shared(key, *w.shape))
+    return adapter, w_new
 
 
 def perturbed(adapter: Any, draw: Any) -> Any:
     """`adapter` with every array replaced by noise: nothing is left at a start that hides half of the maths. Integers,
-    which are positions in a weight, are replaced by small ones."""
+    which are positions in a weight, are replaced by small ones. A dict is the arrays of a shared slot."""
     def noise(x: Any) -> Any:
         if jnp.issubdtype(x.dtype, jnp.integer):
             return jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) * 5 % 8
         return 0.3 * draw(x.shape) + (0.5 if x.ndim == 0 else 0.0)  # one number alone may happen to be next to 0
 
+    if isinstance(adapter, dict):
+        return {name: noise(x) for name, x in adapter.items()}
     noisy = type(adapter)(*(None if x is None else noise(x) for x in adapter))
     if getattr(noisy, "weight_norm", None) is not None:  # DoRA: of columns that are shorter than 2 in these tests
         noisy = noisy._replace(weight_norm=2 + abs(noisy.weight_norm))

@@ -12,21 +12,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorajax.core.bound import Bound, Factor, Term, dense, is_bound
+from lorajax.core.bound import Bound, Gate, Term, dense, is_bound
+from lorajax.core.dropping import dropping, kept
 from lorajax.core.layout import aligned, leaf, matrix, over_stack
 from lorajax.core.masks import apply
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
 from lorajax.core.summary import parameters, summary
-from lorajax.core.variant import Full, FullAdapter, Variant
+from lorajax.core.variant import Full, FullAdapter, Variant, may_drop
 
 
 class Frozen(NamedTuple):
     """What does not train. base: path -> weight as given (leaves that `Full` trains have moved to the trainable
-    partition). aux: path -> adapter whose frozen arrays are filled and whose trained ones are None."""
+    partition). aux: path -> adapter whose frozen arrays are filled and whose trained ones are None. shared:
+    'shared:<slot>' -> {leaf: array}, the frozen arrays that all sites of a slot read."""
 
     base: dict[str, jax.Array]
     aux: dict[str, Any]
+    shared: dict[str, dict[str, jax.Array]] = {}  # noqa: RUF012  (a field's default, never written to)
+
+
+class Slot(NamedTuple):
+    """Arrays that several sites share: made by `variant`, sized for the largest in and out of `paths`."""
+
+    variant: Variant
+    n_in: int
+    n_out: int
+    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -45,16 +57,30 @@ class Adapt:
         """path -> Variant or Full, in tree order."""
         return {path: c.choice for path, c in self.chosen.items()}
 
+    @functools.cached_property
+    def slots(self) -> dict[str, Slot]:
+        """'shared:<slot>' -> what its sites share, for the variants that have shared leaves."""
+        found: dict[str, Slot] = {}
+        for path, choice in self.plan.items():
+            if isinstance(choice, Full) or not any(row.shared for row in choice.leaves.values()):
+                continue
+            key, site = f"shared:{choice.slot}", self.sites[path]
+            old = found.get(key, Slot(choice, 1, 1, ()))
+            found[key] = Slot(old.variant, max(old.n_in, site.n_in), max(old.n_out, site.n_out), (*old.paths, path))
+        return found
+
     def init(self, key: jax.Array, params: Any,
              stats: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Frozen]:
         """(trainable, frozen) for `params`, a tree like the one that `sites` traced; `params` is not changed.
 
         trainable: path -> the variant's NamedTuple of arrays, leading dimensions the site's stack; `FullAdapter(w)` for
-        `Full`. Arrays that a variant keeps frozen are None there and stand in `frozen.aux`.
+        `Full`. Arrays that a variant keeps frozen are None there and stand in `frozen.aux`. What sites share is None in
+        both and stands once, under 'shared:<slot>', in trainable or in `frozen.shared`.
         stats: path -> what a data-driven initialiser reads. Each site draws from `key` folded with its path.
         """
         base = self._checked(params)
-        trainable, aux = {}, {}
+        trainable: dict[str, Any] = {}
+        aux = {}
         for path, choice in self.plan.items():
             if isinstance(choice, Full):
                 trainable[path] = FullAdapter(jnp.array(base.pop(path), self.dtype, copy=True))
@@ -69,7 +95,20 @@ class Adapt:
             trains = {name: row.trainable for name, row in choice.leaves.items()}
             trainable[path] = adapter._replace(**{name: None for name, on in trains.items() if not on})
             aux[path] = adapter._replace(**{name: None for name, on in trains.items() if on})
-        return trainable, Frozen(base, {path: a for path, a in aux.items() if jax.tree.leaves(a)})
+        shared: dict[str, dict[str, jax.Array]] = {}
+        for name, slot in self.slots.items():
+            arrays = slot.variant.init_shared(fold(key, name), slot.n_in, slot.n_out)
+            for on, part in ((True, trainable), (False, shared)):
+                mine = {leaf: x.astype(self.dtype) for leaf, x in arrays.items()
+                        if slot.variant.leaves[leaf].trainable == on}
+                part |= {name: mine} if mine else {}
+        return trainable, Frozen(base, {path: a for path, a in aux.items() if jax.tree.leaves(a)}, shared)
+
+    def kept(self, frozen: Frozen) -> dict[str, Any]:
+        """The frozen arrays that a saved adapter needs: those of the sites, and of the slots that the variant does
+        not draw again from its own seed (`Variant.redraws`)."""
+        stored = {name: x for name, x in frozen.shared.items() if not self.slots[name].variant.redraws}
+        return {**frozen.aux, **stored}
 
     def bind(self, trainable: Mapping[str, Any], frozen: Frozen, *, key: jax.Array | None = None,
              masks: Mapping[str, Any] | None = None, onto: Any = None) -> Any:
@@ -96,30 +135,33 @@ class Adapt:
                 continue
             site, weight = self.sites[path], leaves[path]
             w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
+            name = f"shared:{choice.slot}"
+            shared = {**trainable.get(name, {}), **frozen.shared.get(name, {})} if name in self.slots else {}
             if choice.factored:
-                leaves[path] = Bound(w, (*terms, self._term(site, choice, adapter, w, key)), path)
+                leaves[path] = Bound(w, (*terms, self._term(site, choice, adapter, w, shared, key)), path)
             else:
-                update = over_stack(site, choice.delta)(adapter, matrix(site, w).astype(jnp.float32))
+                update = _delta(choice, site, adapter, w, shared)
+                if key is not None and may_drop(choice.module_dropout):
+                    on = kept(choice.module_dropout, jax.random.fold_in(fold(key, path), 2), site.stack_shape)
+                    update = update * on[..., None, None]
                 w = (w.astype(jnp.float32) + leaf(site, update)).astype(w.dtype)
                 leaves[path] = Bound(w, terms, path) if terms else w
         return jax.tree.unflatten(self.sites.tree, [leaves[path] for path in self.sites.leaves])
 
-    def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, key: jax.Array | None) -> Term:
+    def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, shared: dict[str, jax.Array],
+              key: jax.Array | None) -> Term:
         if choice.reads_weight:
-            term = _for(choice, _shared_term)(choice, _layout(site), adapter, w)
+            term = _for(choice, _shared_term)(choice, _layout(site), adapter, w, shared)
         else:
-            term = _term(choice, site, adapter, None)
-        if key is None or (isinstance(choice.dropout, (int, float)) and choice.dropout == 0):
-            return term
-        key = fold(key, site.path)
-        keys = jax.random.split(key, site.stack_shape) if site.stack_axes else key
-        rate = Factor(jnp.asarray(choice.dropout, jnp.float32), ())
-        return term._replace(key=Factor(keys, site.stack_axes), rate=rate)
+            term = _term(choice, site, adapter, None, shared)
+        return term if key is None else dropping(term, site, choice, fold(key, site.path))
 
     def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *,
               masks: Mapping[str, Any] | None = None) -> Any:
         """Plain params, each adapted weight W' in the base's dtype (summed in float32). The partitions stay as they
-        are: to unmerge, go on using `frozen.base`, which is the base bit for bit."""
+        are: to unmerge, go on using `frozen.base`, which is the base bit for bit.
+
+        Raises ValueError for a variant with a router, which no one weight stands for."""
         bound = self.bind(trainable, frozen, masks=masks)
         return jax.tree.map(lambda x: dense(x) if is_bound(x) else x, bound, is_leaf=is_bound)
 
@@ -127,16 +169,19 @@ class Adapt:
     def labels(self) -> dict[str, Any]:
         """Like `trainable`, with the leaf table's label (`a`, `b`, `e`, `full`, ...) for each array: what
         `optax.multi_transform` reads."""
-        return {path: type(shape)(*[x if x is None else self.plan[path].leaves[name].label
-                                    for name, x in shape._asdict().items()])
-                for path, shape in self.shapes[0].items()}
+        trainable = self.shapes[0]
+        own = {path: type(trainable[path])(*[x if x is None else choice.leaves[name].label
+                                             for name, x in trainable[path]._asdict().items()])
+               for path, choice in self.plan.items()}
+        return own | {name: {leaf: slot.variant.leaves[leaf].label for leaf in trainable[name]}
+                      for name, slot in self.slots.items() if name in trainable}
 
     @functools.cached_property
     def shapes(self) -> tuple[dict[str, Any], Frozen]:
         """`init`'s result as `jax.ShapeDtypeStruct`s."""
         params = jax.tree.unflatten(self.sites.tree, list(self.sites.leaves.values()))
         trainable, frozen = jax.eval_shape(self.init, jax.random.key(0), params)
-        return {path: trainable[path] for path in self.plan}, frozen
+        return {path: trainable[path] for path in (*self.plan, *self.slots) if path in trainable}, frozen
 
     def penalty(self, trainable: Mapping[str, Any]) -> jax.Array:
         """The variants' own loss terms, summed over matrices; 0 if they have none. Float32 scalar."""
@@ -178,23 +223,32 @@ def _init_matrices(variant: Variant, site: Site, key: jax.Array, w: jax.Array, s
     return over_stack(site, variant.init)(keys, m, stats)
 
 
-def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None) -> Term:
-    """The variant's factors for every matrix of the site, aligned; a scale that is a Python number stays one."""
-    numbers = []
+def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None, shared: dict[str, jax.Array]) -> Term:
+    """The variant's factors for every matrix of the site, aligned. What does not differ between them does not get a
+    stack dimension: a scale that is a Python number, a factor that is a shared array itself."""
+    shared = variant.read_shared(shared, site.n_in, site.n_out) if shared else {}
+    same: dict[str, Any] = {}
 
     def one(adapter: Any, w: Any) -> Any:
-        found = variant.factors(adapter, w)
-        if isinstance(found.s, (int, float)):
-            numbers.append(found.s)
-            found = found._replace(s=None)
-        return found
+        found = variant.factors(adapter._replace(**shared), w)
+        same.update({name: x for name, x in found._asdict().items()
+                     if isinstance(x, (int, float)) or any(x is y for y in shared.values())})
+        return found._replace(**dict.fromkeys(same))
 
     factors = over_stack(site, one)(adapter, None if w is None else matrix(site, w).astype(jnp.float32))
-    return aligned(site, factors._replace(s=numbers[0]) if numbers else factors)
+    term = aligned(site, factors._replace(**same))
+    return term._replace(gate=Gate(type(variant).gate)) if variant.routed else term
 
 
 _shared_term = jax.jit(_term, static_argnums=(0, 1))
 """For a variant that reads its weight: equal layers share one traced and differentiated function."""
+
+
+def _delta(variant: Variant, site: Site, adapter: Any, w: jax.Array, shared: dict[str, jax.Array]) -> jax.Array:
+    """(stack..., in, out): the update of a variant that has no factors."""
+    shared = variant.read_shared(shared, site.n_in, site.n_out) if shared else {}
+    one = over_stack(site, lambda adapter, m: variant.delta(adapter._replace(**shared), m))
+    return one(adapter, matrix(site, w).astype(jnp.float32))
 
 
 def _for(variant: Variant, jitted: Any) -> Any:

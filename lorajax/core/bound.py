@@ -9,6 +9,7 @@ are renamed along. With ``g`` the product of scales, a bound weight means
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,6 +57,11 @@ class Factor:
         array = lax.transpose(self.array, [self.dims.index(d) for d in order])
         return lax.expand_dims(array, [i for i, d in enumerate(dims) if d not in self.dims])
 
+    def times(self, other: Factor) -> Factor:
+        """The product, along the dimensions of both, in this factor's dtype."""
+        dims = (*[d for d in other.dims if d not in self.dims], *self.dims)
+        return Factor(self.spread(dims) * other.astype(self.stored.dtype).spread(dims), dims)
+
     def __repr__(self):
         return f"Factor({self.shape or getattr(self.stored, 'shape', self.stored)}, dims={self.dims})"
 
@@ -68,11 +74,22 @@ class Number:
     value: float
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Gate:
+    """`Variant.gate` in a tree."""
+
+    function: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class Term(NamedTuple):
     """One adapter on one weight; every part may be None.
 
     a, b: low-rank factors. g: scale of the weight (DoRA, IA3), along its out or in dimensions.
     key, rate: dropout of the input of this adapter; `key` runs along stack dimensions only. s: scale of a b.
+    e: scale of the rank components, along RANK and perhaps stack dimensions. o: scale of a b along its out dimensions.
+    router, gate: ``gate(x router, x a)`` takes the place of x a; `router` runs along the in dimensions and RANK, which
+    here counts what it chooses among.
     """
 
     a: Factor | None = None
@@ -81,6 +98,17 @@ class Term(NamedTuple):
     key: Factor | None = None
     rate: Factor | None = None
     s: Number | None = None
+    e: Factor | None = None
+    o: Factor | None = None
+    router: Factor | None = None
+    gate: Gate | None = None
+
+    def folded(self) -> Term:
+        """The same term with e and o multiplied into b, for where there is no activation to multiply."""
+        b = self.b
+        for scale in (self.e, self.o):
+            b = b if b is None or scale is None else b.times(scale)
+        return self._replace(b=b, e=None, o=None)
 
     def scaled(self, x: jax.Array) -> jax.Array:
         """x, some part of a product with a and b, times s."""
@@ -170,7 +198,13 @@ def product(a: Factor, b: Factor, ndim: int) -> jax.Array:
 
 
 def dense(node: Bound) -> jax.Array:
-    """W' as one array of the weight's shape and dtype, summed in float32 or better. Dropout is not part of it."""
+    """W' as one array of the weight's shape and dtype, summed in float32 or better. Dropout is not part of it.
+
+    Raises ValueError for an adapter with a router, which no one weight stands for.
+    """
+    if any(term.gate is not None for term in node.terms):
+        raise ValueError(f"{node.path}: its adapter weighs rank components per token, so no merged weight equals it: "
+                         f"keep the weight bound, or train a variant without a router here")
     every = tuple(range(node.ndim))
     compute = wide(node.dtype)
     w = node.w.astype(compute)
@@ -179,7 +213,7 @@ def dense(node: Bound) -> jax.Array:
         w = w * scales[0]
     elif scales:  # each adapter's scale is relative to the weight: g - 1 adds up
         w = w * sum((g - 1 for g in scales), jnp.ones((), compute))
-    for term in node.terms:
+    for term in map(Term.folded, node.terms):
         if term.a is not None and term.b is not None:
             w = w + term.scaled(product(term.a.astype(compute), term.b.astype(compute), node.ndim))
     return w.astype(node.dtype)

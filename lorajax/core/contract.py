@@ -105,7 +105,7 @@ def dot_general(eqn, left, right) -> jax.Array:
         if term in redo:  # with dropout, (g - 1) acts on the dropped input: a second base product
             y = y + scale(base(xt), term.g.spread(out) - 1)
         if term.a is not None and term.b is not None:
-            y = y + low_rank(term, term.a, term.b, xt, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
+            y = y + low_rank(term, term.a, term.b, xt, x, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
     return y
 
 
@@ -128,22 +128,49 @@ def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int
     return x, total, redo
 
 
-def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, out: tuple[int, ...], contracted: set[int],
-             node_left: bool, mesh: Any, y: jax.Array, how: dict[str, Any]) -> jax.Array:
-    """s (x a) b in the dimensions `out`, whichever factor spans the contracted dimensions first."""
+def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled, out: tuple[int, ...],
+             contracted: set[int], node_left: bool, mesh: Any, y: jax.Array, how: dict[str, Any]) -> jax.Array:
+    """s ((x a) e) b o in the dimensions `out`, whichever factor spans the contracted dimensions first."""
     factors = sorted((a, b), key=lambda f: -_spanned(f, contracted))
     first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in factors)
-    spec = _specs(mesh, x, first, second)
+    spec = _specs(mesh, x, first, second, *[Labelled(f.array, f.dims) for f in (term.e, term.o) if f is not None])
+    o = term.o
+    if o is not None and contracted.intersection(o.dims):  # the weight is used transposed: its outputs are the input
+        x, o = times(x, o), None
     keep = {*out, *second.labels}
     pair = (first, x) if node_left else (x, first)
     hidden = meet(*pair, keep, mesh, spec, precision=how["precision"])
     hidden = hidden._replace(array=term.scaled(hidden.array))
+    if term.e is not None:
+        hidden = times(hidden, term.e)
+    if term.router is not None and term.gate is not None:
+        hidden = gated(term.router, term.gate.function, hidden, undropped, contracted, {*out, RANK}, mesh, spec, how)
     if mesh is not None:
         spec = dict(zip(out, compat.place(y), strict=True))
     pair = (second, hidden) if node_left else (hidden, second)
     update = meet(*pair, set(out), mesh, spec, **how)
+    update = update if o is None else times(update, o)
     array = Factor(*update).spread(out) if update.labels != tuple(out) else update.array
     return array if array.shape == y.shape else jnp.broadcast_to(array, y.shape)
+
+
+def times(x: Labelled, f: Factor) -> Labelled:
+    """x scaled along f's dimensions; those that x does not have are added in front."""
+    scaled = Factor(*x).times(f)
+    return Labelled(scaled.array, scaled.dims)
+
+
+def gated(router: Factor, gate: Any, hidden: Labelled, x: Labelled, contracted: set[int], keep: set[int], mesh: Any,
+          spec: dict[int, Any], how: dict[str, Any]) -> Labelled:
+    """The variant's gate of x times the router, and hidden; the router is a softmax's input, so float32."""
+    if not contracted <= set(router.dims):
+        raise Decline("the router of its adapter reads the inputs of the weight, and here its outputs are contracted")
+    weights = Labelled(router.astype(x.array.dtype).array, router.dims)
+    routed = meet(x, weights, keep, mesh, spec, precision=how["precision"],
+                  preferred_element_type=wide(x.array.dtype))
+    labels = tuple(dict.fromkeys(d for d in (*routed.labels, *hidden.labels) if d != RANK))
+    routed, hidden = (Labelled(Factor(*t).spread((*labels, RANK)), (*labels, RANK)) for t in (routed, hidden))
+    return hidden._replace(array=gate(routed.array, hidden.array))
 
 
 def _spanned(f: Factor, dims: set[int]) -> int:
@@ -164,6 +191,13 @@ def _specs(mesh, *arrays: Labelled) -> dict[int, Any]:
     return spec
 
 
+def unrouted(term: Term) -> Term:
+    """The term as factors alone, for a product with no activations of the router's kind."""
+    if term.gate is not None:
+        raise Decline("its adapter has a router, which reads the tokens of a matmul")
+    return term.folded()
+
+
 def conv(eqn, x, node) -> jax.Array:
     """Convolution by a bound kernel: x with the kernel `a` of r output channels, then a 1x1 product with `b`."""
     if isinstance(x, Bound):
@@ -182,7 +216,7 @@ def conv(eqn, x, node) -> jax.Array:
     if scales is not None:
         y = scale(y, scales)
     how = {"precision": eqn.params["precision"]}
-    for term in node.terms:
+    for term in map(unrouted, node.terms):
         if term.a is None or term.b is None:
             continue
         a, b = (term.a, term.b) if reads.intersection(term.a.dims) else (term.b, term.a)
@@ -241,7 +275,7 @@ def gather(eqn, node, indices) -> jax.Array | Bound:
         return Factor(array, (*batch, *[d if d == RANK else names[d] for d in keep]))
 
     terms = []
-    for t in node.terms:
+    for t in map(unrouted, node.terms):
         a, b = (f and rows(f, 0) for f in (t.a, t.b))
         terms.append(Term(a, b, t.g and rows(t.g, 1), s=t.s))
     out = Bound(w, tuple(terms), node.path)
@@ -265,9 +299,11 @@ def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
     group, contracted = numbers.rhs_group_dimensions[0], nc[0]
     out = next(d for d in range(node.ndim) if d not in (group, contracted))
     y = compat.bind(eqn, [x, node.w, *sizes])[0]
-    for term in node.terms:
+    for term in map(unrouted, node.terms):
         if term.g is not None or (term.key is not None and term.key.dims):
             raise Decline("a scale or a dropout per expert in ragged_dot")
+        if term.a is None or term.b is None:
+            continue
         labels = tuple(contracted if i == xc[0] else FREE + i for i in range(jnp.ndim(x)))
         h = dropped(term, Labelled(x, labels)).array
         a, b = (term.a, term.b) if contracted in term.a.dims else (term.b, term.a)

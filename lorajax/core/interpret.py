@@ -94,6 +94,9 @@ class Interpreter:
         if any(term.key is not None for term in value.terms):
             raise ValueError(f"{value.path}: its adapter has dropout, but `{name}` at {line} needs the merged weight "
                              f"({why}), which no input dropout fits: set dropout=0 for this path")
+        if any(term.gate is not None for term in value.terms):
+            raise ValueError(f"{value.path}: its adapter weighs its rank components per token, but `{name}` at {line} "
+                             f"needs one merged weight ({why}): give this path a variant without a router")
         self.report(str(value.path), name, line, why)
         return dense(value)
 

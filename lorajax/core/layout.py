@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lorajax.core.bound import RANK, Factor, Number, Term
@@ -40,25 +41,36 @@ def aligned(site: Site, factors: Factors) -> Term:
 
     The scales g end up inside a and b too, since W' = g_in (W + s a b) g.
     """
-    a, b, g, g_in, s = factors
-    if b is not None and s is not None and not isinstance(s, (int, float)):
-        b, s = b * s.reshape(*s.shape, 1, 1).astype(b.dtype), None
+    a, b, g, g_in, s, e, o, router = factors
+    if a is not None and s is not None and not isinstance(s, (int, float)):
+        e = s[..., None] * (jnp.ones((*s.shape, a.shape[-1]), s.dtype) if e is None else e)
+        s = None
     if a is not None and g_in is not None:
-        a = a * g_in[..., :, None]
-    if b is not None and g is not None:
-        b = b * g[..., None, :]
+        a = _deeper(a, g_in.ndim + 1) * g_in[..., :, None]
+    if o is not None and g is not None:
+        o = o * g
+    elif b is not None and g is not None:
+        b = _deeper(b, g.ndim + 1) * g[..., None, :]
     if g is not None and g_in is not None:
         raise ValueError(f"{site.path}: scales on both sides of one weight; give g or g_in")
-    rank = None if a is None else a.shape[-1]
+    rank_a, rank_b = None if a is None else a.shape[-1], None if b is None else b.shape[-2]
     scale = _along(site, g, site.out_axes) if g is not None else _along(site, g_in, site.in_axes)
-    return Term(_along(site, a, site.in_axes, after=rank), _along(site, b, site.out_axes, before=rank), scale,
-                s=None if s is None else Number(float(s)))
+    return Term(_along(site, a, site.in_axes, after=rank_a), _along(site, b, site.out_axes, before=rank_b), scale,
+                s=None if s is None else Number(float(s)), o=_along(site, o, site.out_axes),
+                e=None if e is None else Factor(e, (*site.stack_axes[:e.ndim - 1], RANK)),
+                router=_along(site, router, site.in_axes, after=None if router is None else router.shape[-1]))
+
+
+def _deeper(x: jax.Array, ndim: int) -> jax.Array:
+    return x if x.ndim == ndim else lax.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
 def _along(site: Site, x: Any, axes: tuple[int, ...], before: int | None = None, after: int | None = None) -> Any:
+    """The factor of an array (stack..., before, flattened axes, after) or of one without the stack, common to all."""
     if x is None:
         return None
     front, back = [n for n in (before,) if n is not None], [n for n in (after,) if n is not None]
-    shape = (*site.stack_shape, *front, *[site.shape[i] for i in axes], *back)
-    dims = (*site.stack_axes, *[RANK] * (before is not None), *axes, *[RANK] * (after is not None))
+    stacked = x.ndim > len(front) + 1 + len(back)
+    shape = (*[site.shape[i] for i in site.stack_axes if stacked], *front, *[site.shape[i] for i in axes], *back)
+    dims = (*[i for i in site.stack_axes if stacked], *[RANK] * len(front), *axes, *[RANK] * len(back))
     return Factor(x, dims, None if x.shape == shape else shape)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lorajax.core.sites import ATTENTION, Site, Sites
-from lorajax.core.variant import Full, Variant
+from lorajax.core.variant import Full, Variant, may_drop
 
 Rule = tuple[str, "Variant | Full | None"]
 
@@ -89,9 +89,13 @@ def _fitted(choice: Variant | Full, path: str, sites: Sites) -> Variant | Full:
         choice.check(site.n_in, site.n_out)
     except ValueError as error:
         raise RuleError(f"{path} {site.shape}: {error}") from error
-    if not choice.factored and not (isinstance(choice.dropout, (int, float)) and choice.dropout == 0):
+    if not choice.factored and may_drop(choice.dropout):
         raise RuleError(f"{path}: {type(choice).__name__} has no low-rank factors, so there is no branch to apply "
                         f"dropout={choice.dropout} to: set dropout=0")
+    other = [use.op for use in site.uses if use.op != "matmul"]
+    if choice.routed and other:
+        raise RuleError(f"{path}: {type(choice).__name__} routes tokens that a matmul reads, and this weight is also "
+                        f"or only used by a {other[0]}: leave it out of the rule")
     return choice
 
 

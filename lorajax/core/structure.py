@@ -191,9 +191,10 @@ def reduce_sum(eqn, node: Bound) -> Bound:
     """Summing the weight over dimensions that at most one factor of each term spans: sum that factor."""
     axes = set(eqn.params["axes"])
     terms = []
-    for t in node.terms:
-        if t.key is not None or t.g is not None or (t.a and t.b and axes.intersection(t.a.dims).intersection(t.b.dims)):
-            raise Decline("a sum over a dimension that both factors, a scale or a dropout span")
+    for t in map(Term.folded, node.terms):
+        both = t.a and t.b and axes.intersection(t.a.dims).intersection(t.b.dims)
+        if t.gate is not None or t.key is not None or t.g is not None or both:
+            raise Decline("a sum over a dimension that both factors, a scale, a dropout or a router span")
         neither = [d for d in axes if t.a and t.b and d not in t.a.dims and d not in t.b.dims]
         repeats = int(np.prod([node.shape[d] for d in neither]))
         parts = [f and Factor(jnp.sum(f.array, [i for i, d in enumerate(f.dims) if d in axes]),

@@ -64,6 +64,10 @@ def summary(adapt: Any) -> str:
         shape = ",".join(map(str, adapt.sites.leaves[path].shape))
         rows.append((path, shape, name, str(getattr(chosen.choice, "rank", "")), f"{own:,}", f"{100 * own / total:.3f}",
                      f"{chosen.rule} {chosen.pattern}"))
+    for name, slot in adapt.slots.items():
+        own = parameters(trainable.get(name, {}))
+        rows.append((name, "", type(slot.variant).__name__, str(getattr(slot.variant, "rank", "")), f"{own:,}",
+                     f"{100 * own / total:.3f}", f"read by {len(slot.paths)} weights"))
     own = parameters(trainable)
     parts = {name: f"{value / 2**20:.1f} MiB" for name, value in memory(adapt).items()}
     return "\n".join([

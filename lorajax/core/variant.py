@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+from jax import lax
 
 
 class Leaf(NamedTuple):
@@ -22,19 +23,24 @@ class Leaf(NamedTuple):
     axes: a name per dimension: `in`, `rank`, `out`, or any other word for a dimension that is none of these.
     peft: the suffix of this array in a PEFT file, None if PEFT has no such array.
     trainable: False puts the array in the frozen partition.
+    shared: one array for all sites of the variant's slot, see `Variant.slot`; None in each site's adapter.
     """
 
     label: str
     axes: tuple[str, ...]
     peft: str | None = None
     trainable: bool = True
+    shared: bool = False
 
 
 class Factors(NamedTuple):
-    """How a variant changes its weight: ``W' = g_in[:, None] * (W + s * a @ b) * g[None, :]``, any part may be None.
+    """How a variant changes its weight: ``W' = g_in[:, None] * (W + s * (a * e) @ (b * o)) * g[None, :]``, any part may
+    be None.
 
     a: (in, r); b: (r, out); g: (out,), a scale per output unit; g_in: (in,), per input unit; s: a number, Python's or
-    traced.
+    traced. e: (r,) and o: (out,), scales of the update's rank components and outputs, which act on activations: a
+    shared `a` or `b` returned as it is then exists once and not once per layer.
+    router: (in, n), what the variant's `gate` weighs the rank components by; e acts before the gate.
     """
 
     a: jax.Array | None = None
@@ -42,21 +48,44 @@ class Factors(NamedTuple):
     g: jax.Array | None = None
     g_in: jax.Array | None = None
     s: float | jax.Array | None = None
+    e: jax.Array | None = None
+    o: jax.Array | None = None
+    router: jax.Array | None = None
+
+    def folded(self) -> Factors:
+        """The same update with e and o multiplied into b."""
+        b = self.b
+        if b is not None and self.e is not None:
+            b = b * lax.expand_dims(self.e, (1,))
+        if b is not None and self.o is not None:
+            b = b * lax.expand_dims(self.o, (0,))
+        return self._replace(b=b, e=None, o=None)
 
 
+@dataclass(frozen=True)
 class Variant(abc.ABC):
     """A method. Concrete variants are frozen dataclasses whose field defaults are the paper's.
 
     A concrete variant defines `leaves`, `init` and one of `factors` (the update has low-rank factors or scales) and
-    `delta` (it has not: LoHa, LoKr, sparse updates).
+    `delta` (it has not: LoHa, LoKr, sparse updates). One with shared leaves defines `init_shared` as well, one that
+    weighs its rank components per token `gate`.
+
+    Every variant has two options by keyword, which act in training only, once per matrix and step:
+    rank_dropout: probability of dropping a rank component; those kept are multiplied by 1 / (1 - rank_dropout).
+    module_dropout: probability of leaving the whole adapter out, without rescaling (as in LyCORIS).
     """
+
+    rank_dropout: float | jax.Array = field(default=0.0, kw_only=True)
+    module_dropout: float | jax.Array = field(default=0.0, kw_only=True)
 
     leaves: ClassVar[Mapping[str, Leaf]]
     """Table keyed by the field names of the adapter NamedTuple that `init` returns."""
-    dropout: float | jax.Array = 0.0
+    dropout = 0.0
     """Probability of dropping an input element on the adapter's branch; the base branch sees the input undropped."""
     reads_weight: ClassVar[bool] = False
     """Whether `factors` needs the weight (DoRA); if not, it is handed None there."""
+    any_rank: ClassVar[bool] = False
+    """Whether `rank` may exceed the sides of the weight."""
     rewrites_weight: ClassVar[bool] = False
     """Whether `init` returns another weight than it was given; the new one then replaces it in the frozen partition."""
 
@@ -70,7 +99,10 @@ class Variant(abc.ABC):
 
     def delta(self, adapter: Any, w: jax.Array) -> jax.Array:
         """The update as one dense (in, out) float32 array, ``W' - W``. Derived from `factors` where those exist."""
-        a, b, g, g_in, s = self.factors(adapter, w)
+        if self.routed:
+            raise ValueError(f"{type(self).__name__} weighs its update per token, so it is no one matrix: there is no "
+                             f"delta to merge; keep the adapter bound")
+        a, b, g, g_in, s, *_ = self.factors(adapter, w).folded()
         new = w if a is None or b is None else w + (a @ b if s is None else s * (a @ b))
         new = new if g is None else new * g[None, :]
         return (new if g_in is None else new * g_in[:, None]) - w
@@ -84,6 +116,46 @@ class Variant(abc.ABC):
     def factored(self) -> bool:
         """Whether `lift` may use `factors`; False for variants that only have `delta`."""
         return type(self).factors is not Variant.factors
+
+    @property
+    def slot(self) -> str:
+        """Name of the shared leaves' slot: all sites whose variants name one slot read the same arrays. It must tell
+        apart what needs other arrays, so it has at least the rank and, where there is one, the seed. No dots."""
+        return f"{type(self).__name__.lower()}-{getattr(self, 'rank', 0)}"
+
+    @property
+    def redraws(self) -> bool:
+        """Whether a saved adapter leaves the frozen shared leaves out, because `init_shared` draws them from a seed of
+        the variant's own."""
+        return False
+
+    def init_shared(self, key: jax.Array, n_in: int, n_out: int) -> dict[str, jax.Array]:
+        """The shared leaves by name, float32, for the largest in and the largest out of the slot's sites.
+
+        key: of the run. A variant that promises equal projections to several adapters draws from a seed of its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has shared leaves, but no init_shared(key, n_in, n_out)")
+
+    def read_shared(self, arrays: Mapping[str, jax.Array], n_in: int, n_out: int) -> dict[str, jax.Array]:
+        """What an (n_in, n_out) matrix reads of the slot: the leading part along `in` and `out`."""
+        sizes = {"in": n_in, "out": n_out}
+
+        def lead(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+            limits = [sizes.get(axis, size) for axis, size in zip(axes, x.shape, strict=True)]
+            return x if x.shape == tuple(limits) else lax.slice(x, [0] * x.ndim, limits)
+
+        return {name: lead(x, self.leaves[name].axes) for name, x in arrays.items()}
+
+    @staticmethod
+    def gate(routed: jax.Array, hidden: jax.Array) -> jax.Array:
+        """(..., rank of b) from routed, x times `Factors.router`, (..., n) float32, and hidden, x a, (..., rank of a).
+        It must be a plain function of the two. A variant that defines it can be bound, but not merged."""
+        raise NotImplementedError("this variant has no gate")
+
+    @property
+    def routed(self) -> bool:
+        """Whether rank components are weighed per token, by `gate`."""
+        return type(self).gate is not Variant.gate
 
     def penalty(self, adapter: Any, share: float) -> jax.Array | float:
         """The variant's own loss term for one matrix; the run's term is the sum over matrices.
@@ -103,11 +175,23 @@ class Variant(abc.ABC):
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError (value, limit, remedy) if the hyperparameters cannot fit an (n_in, n_out) weight."""
         rank = getattr(self, "rank", None)
-        if rank is not None and not 1 <= rank <= min(n_in, n_out):
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank={rank} is outside 1..{min(n_in, n_out)}: give at least rank=1")
+        if rank is not None and rank > min(n_in, n_out) and not self.any_rank:
             raise ValueError(f"rank={rank} is outside 1..{min(n_in, n_out)}, the limit of a ({n_in}, {n_out}) weight: "
                              f"lower the rank by a rule for this path")
-        if isinstance(self.dropout, (int, float)) and not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is not a probability in [0, 1)")
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}={value} is not a probability in [0, 1)")
+        if may_drop(self.rank_dropout) and not (self.factored and any("rank" in x.axes for x in self.leaves.values())):
+            raise ValueError(f"rank_dropout={self.rank_dropout}, but {type(self).__name__} has no rank components to "
+                             f"drop: set rank_dropout=0")
+
+
+def may_drop(rate: float | jax.Array) -> bool:
+    """Whether a dropout rate is anything but a plain zero (a traced one may be)."""
+    return not (isinstance(rate, (int, float)) and rate == 0)
 
 
 class FullAdapter(NamedTuple):

@@ -87,7 +87,7 @@ def _sites(plan: Mapping[str, Any]) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Variant | Full):
-            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
             return {"variant": names.get(type(value), type(value).__name__), **fields}
         return value.item() if isinstance(value, jax.Array | np.ndarray) else value
 

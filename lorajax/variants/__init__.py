@@ -17,6 +17,7 @@ from lorajax.variants.lokr import LoKr
 from lorajax.variants.lora import LoRA
 from lorajax.variants.miss import MiSS
 from lorajax.variants.shira import SHiRA
+from lorajax.variants.vera import VeRA
 
 NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "lora": LoRA,
@@ -30,6 +31,7 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "delora": DeLoRA,
     "ia3": IA3,
     "shira": SHiRA,
+    "vera": VeRA,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
@@ -46,4 +48,5 @@ __all__ = [
     "LoRA",
     "MiSS",
     "SHiRA",
+    "VeRA",
 ]

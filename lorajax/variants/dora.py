@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorajax.core.variant import Factors, Leaf, Variant
+from lorajax.core.variant import Factors, Leaf, Variant, may_drop
 from lorajax.variants.lora import LoRA
 
 SMALLEST = 1e-6
@@ -79,6 +79,29 @@ class DoRA(Variant):
         """Whether the start of `of` does."""
         return self.of is not None and self.of.rewrites_weight
 
+    @property
+    def any_rank(self) -> bool:  # type: ignore[override]
+        """As for `of`."""
+        return self.of is None or self.of.any_rank
+
+    @property
+    def slot(self) -> str:
+        """That of `of`: VeRA with and without DoRA read one projection."""
+        return self.inner.slot if self.of else ""
+
+    @property
+    def redraws(self) -> bool:
+        """As for `of`."""
+        return self.of is not None and self.of.redraws
+
+    def init_shared(self, key: jax.Array, n_in: int, n_out: int) -> dict[str, jax.Array]:
+        """The shared arrays of `of`."""
+        return self.of.init_shared(key, n_in, n_out) if self.of else {}
+
+    def read_shared(self, arrays: Mapping[str, jax.Array], n_in: int, n_out: int) -> dict[str, jax.Array]:
+        """As `of` reads them."""
+        return self.of.read_shared(arrays, n_in, n_out) if self.of else {}
+
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
         """Returns (the arrays of `of`, m = ||V||, ||W||), and the weight that `of` leaves."""
         inner, w = self.of.init(key, w, stats) if self.of else (Nothing(), w)
@@ -89,9 +112,10 @@ class DoRA(Variant):
     def factors(self, adapter: Any, w: jax.Array) -> Factors:
         """The factors of `of`, and g = m / ||V||."""
         found = self.of.factors(inner_of(adapter), w) if self.of else Factors()
-        if found.g is not None or found.g_in is not None:
-            raise ValueError(f"{type(self.of).__name__} scales the weight, and DoRA(of=...) needs an update that is "
-                             f"added to it: wrap LoRA(...) or another additive variant, or use it without DoRA")
+        if found.g is not None or found.g_in is not None or found.router is not None:
+            raise ValueError(f"{type(self.of).__name__} scales the weight or has a router, and DoRA(of=...) needs an "
+                             f"update that is added to it: wrap LoRA(...) or another additive variant, or use it "
+                             f"without DoRA")
         return found._replace(g=self.gain(adapter, w))
 
     def delta(self, adapter: Any, w: jax.Array) -> jax.Array:
@@ -123,8 +147,12 @@ class DoRA(Variant):
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError where `of` does, and for one that scales the weight."""
+        super().check(n_in, n_out)
         if self.of:
             self.of.check(n_in, n_out)
+            if may_drop(self.of.rank_dropout) or may_drop(self.of.module_dropout):
+                raise ValueError(f"rank_dropout={self.of.rank_dropout} and module_dropout={self.of.module_dropout} of "
+                                 f"{type(self.of).__name__} inside DoRA have no effect: give them to DoRA itself")
         w = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
         jax.eval_shape(lambda key, w: self.delta(self.init(key, w)[0], w), jax.random.key(0), w)
 
@@ -152,6 +180,7 @@ def inner_of(adapter: Any) -> Any:
 
 def _factored(found: Factors, w: jax.Array) -> jax.Array:
     """||W + s A B||^2 - ||W||^2 per column, from (out, r) and (r, r) products."""
+    found = found.folded()
     if found.a is None or found.b is None:
         return jnp.zeros(w.shape[1])
     a, b, s = found.a, found.b, 1.0 if found.s is None else found.s

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from jax import lax
 
 import lorajax as lj
+from lorajax.core.variant import Factors, Leaf, Variant
 
 from . import jaxprs, probe
 from .case import normal
@@ -125,3 +127,116 @@ def test_dropout_on_a_merged_weight_is_refused():
     trainable, frozen = probe.init(adapt, params)
     with pytest.raises(ValueError, match="w: .*dropout.*cumsum.*set dropout=0"):
         lj.lift(fn)(adapt.bind(trainable, frozen, key=jax.random.key(0)), ROWS)
+
+
+# Rank components and whole adapters
+
+
+def linear(p: Any, x: jax.Array) -> jax.Array:
+    return x @ p["w"]
+
+
+def test_rank_dropout_drops_components_of_the_update_and_keeps_the_mean():
+    """Each draw is W + sum over kept r of A[:, r] B[r] / (1 - p); over 2048 keys the share of each kept component and
+    the mean are within five standard errors of the truth."""
+    params, x, rate, rank = {"w": normal(8, 12)}, jnp.eye(8), 0.25, 4
+    lifted, trainable = bound(linear, Probe(rank, rank_dropout=rate), params, x)
+    samples = np.asarray(jaxprs.jit(jax.vmap(partial(lifted, trainable)))(
+        jax.random.split(jax.random.key(0), 2048)), np.float64)
+    a, b = (np.asarray(v, np.float64) for v in trainable["w"])
+    parts = 0.5 * np.einsum("ir,ro->rio", a, b)
+    change = samples - np.asarray(params["w"], np.float64)
+    kept = np.linalg.lstsq(parts.reshape(rank, -1).T, change.reshape(2048, -1).T)[0].T * (1 - rate)
+    np.testing.assert_allclose(np.minimum(np.abs(kept), np.abs(kept - 1)), 0, atol=1e-4)
+    error = np.sqrt(rate * (1 - rate) / 2048)
+    assert np.abs(kept.mean(0) - (1 - rate)).max() <= 5 * error
+    spread = np.sqrt(rate / (1 - rate) * np.sum(parts**2, 0) / 2048)
+    assert np.all(np.abs(change.mean(0) - parts.sum(0)) <= 5 * spread)
+
+
+class GainAdapter(NamedTuple):
+    a: jax.Array
+    b: jax.Array
+    g: jax.Array
+
+
+@dataclass(frozen=True)
+class Gain(Variant):
+    """W' = (W + A B) diag(g), all random."""
+
+    leaves: ClassVar[Mapping[str, Leaf]] = {
+        "a": Leaf("a", ("in", "rank")), "b": Leaf("b", ("rank", "out")), "g": Leaf("gate", ("out",))}
+
+    def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[GainAdapter, jax.Array]:
+        a, b = Probe().init(key, w)[0]
+        return GainAdapter(a, b, 1 + jax.random.normal(key, w.shape[1:]) / 4), w
+
+    def factors(self, adapter: GainAdapter, w: Any) -> Factors:
+        return Factors(adapter.a, adapter.b, adapter.g)
+
+
+@dataclass(frozen=True)
+class Bare(Variant):
+    """W' = W + D: no factors."""
+
+    leaves: ClassVar[Mapping[str, Leaf]] = {"d": Leaf("d", ("in", "out"))}
+
+    def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
+        return BareAdapter(jax.random.normal(key, w.shape)), w
+
+    def delta(self, adapter: Any, w: jax.Array) -> jax.Array:
+        return adapter.d
+
+
+class BareAdapter(NamedTuple):
+    d: jax.Array
+
+
+@pytest.mark.parametrize("make", [Probe, Gain, Bare])
+def test_module_dropout_leaves_the_whole_adapter_out(make: Any):
+    """Each draw is x W or x W', nothing between: scales of the weight, and updates without factors, go too."""
+    params, x = {"w": normal(8, 12)}, normal(2, 8)
+    lifted, trainable = bound(linear, make(module_dropout=0.4), params, x)
+    outputs = jaxprs.jit(jax.vmap(partial(lifted, trainable)))(jax.random.split(jax.random.key(1), 512))
+    with_, without = lifted(trainable, None), x @ params["w"]
+    assert probe.error(with_, without) > 0.1
+    skipped = np.array([probe.error(y, without) < 1e-5 for y in outputs])
+    assert all(skip or probe.error(y, with_) < 1e-5 for skip, y in zip(skipped, outputs, strict=True))
+    assert abs(skipped.mean() - 0.4) <= 5 * np.sqrt(0.4 * 0.6 / 512)
+
+
+@pytest.mark.parametrize("option", ["rank_dropout", "module_dropout"])
+def test_drops_are_functions_of_the_key_alike_in_a_loop_and_a_scan(option: str):
+    """One draw per matrix: layers of a stack and sites draw on their own; without a key nothing is dropped."""
+    results = []
+    for name in ("python", "scan"):
+        lifted, trainable = bound(LOOPS[name], Probe(**{option: 0.5}), STACKED, ROWS)
+        draw = jaxprs.jit(partial(lifted, trainable))
+        results.append([draw(None), *[draw(jax.random.key(i)) for i in (0, 0, 1, 2)]])
+    assert probe.error(results[1], results[0]) <= 1e-5
+    off, first, again, *others = results[0]
+    np.testing.assert_array_equal(first, again)
+    assert max(probe.error(other, first) for other in others) > 1e-3
+    same, _ = bound(LOOPS["python"], Probe(), STACKED, ROWS)
+    np.testing.assert_allclose(same(trainable, jax.random.key(0)), off, rtol=1e-5)
+    adapt = lj.adapt(lj.sites(LOOPS["scan"], STACKED, ROWS), [("w", Probe(8, **{option: 0.5}))])
+    term = adapt.bind(*probe.init(adapt, STACKED), key=jax.random.key(5))["w"].terms[0]
+    assert term.e.array.shape == (4, 8)
+    assert len(np.unique(np.asarray(term.e.array)[:, 0 if option == "module_dropout" else slice(None)], axis=0)) > 1
+
+
+def bound(fn: Callable[..., Any], variant: Variant, params: Any, x: jax.Array) -> tuple[Any, Any]:
+    """((trainable, key) -> output, trainable)"""
+    adapt = lj.adapt(lj.sites(fn, params, x), [(".*", variant)])
+    trainable, frozen = probe.init(adapt, params)
+    return lambda t, key: lj.lift(fn, strict=True)(adapt.bind(t, frozen, key=key), x), trainable
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [(Probe(rank_dropout=1.0), r"rank_dropout=1.0 is not a probability"),
+     (Probe(module_dropout=-0.1), r"module_dropout=-0.1 is not a probability"),
+     (Bare(rank_dropout=0.1), r"w .*rank_dropout=0.1, but Bare has no rank components to drop: set rank_dropout=0")])
+def test_bad_rates_are_refused(variant: Variant, words: str):
+    with pytest.raises(ValueError, match=words):
+        lj.adapt(lj.sites(linear, {"w": normal(8, 12)}, ROWS), [("w", variant)])
