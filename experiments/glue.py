@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
 
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
-        adapter.save(folder / "adapter", adapt.plan, state.trainable, frozen.aux, base=model.fingerprint)
+        adapter.save(folder / "adapter", adapt.plan, state.trainable, adapt.kept(frozen), base=model.fingerprint)
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         if c.probe:
