@@ -154,7 +154,9 @@ def optimizer(config: ConfigDict, adapt: Adapt, model: Model, total: int) -> opt
     make = choose("optimizer", settings.pop("name"), optim.NAMES)
     tx = make(schedule, adapt=adapt, weight_decay=config.weight_decay, **settings)
     # The update, decay included, is proportional to its learning rate: scaling it is a learning rate of its own.
-    heads = scale_paths({path: (config.head_lr or config.lr) / config.lr for path in model.fresh})
+    own_rate = not isinstance(config.head_lr, (int, float)) or config.head_lr != 0
+    ratio = config.head_lr / config.lr if own_rate else 1.0
+    heads = scale_paths({path: ratio for path in model.fresh})
     return optax.chain(tx, heads, optim.freeze_ranks(adapt.plan))
 
 

@@ -157,8 +157,18 @@ def test_shuffle_is_pinned():
     tokens = Tokens(np.ones(36, np.int32), np.ones(36, np.int32), np.arange(13) * 3, labels, 0, 0)
     assert bucket_lengths(lengths, 4, 3) == (3,)
     rows = permutation(12, -5, 9, 0)
-    expected = [rows[3 * i : 3 * i + 3] for i in permutation(4, -5, 9, 1)]
+    expected = [rows[3 * i : 3 * i + 3] for i in permutation(4, 9, 1)]
     assert [b["label"].tolist() for b in Batches(tokens, 3, seed=-5).epoch(9)] == expected
+
+
+def test_runs_of_all_seeds_have_the_same_length_at_every_step():
+    seeds = [Batches(made_up(100), 8, seed=seed, shapes=3) for seed in range(4)]
+    for epoch in range(2):
+        shapes = [[b["input_ids"].shape for b in batches.epoch(epoch)] for batches in seeds]
+        assert shapes[0] == shapes[1] == shapes[2] == shapes[3]
+    assert len(set(shapes[0])) == 3
+    labels = {tuple(batches.batch(0, 0)["label"]) for batches in seeds}
+    assert len(labels) == 4
 
 
 def test_shuffle_is_uniform():

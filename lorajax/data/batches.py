@@ -2,7 +2,9 @@
 
 Each batch holds ``batch_size`` examples, as in the papers, padded to one of a few lengths; so a jitted step compiles
 once per length. An epoch is a plan, computed from the lengths alone: shuffle the rows, sort them by bucket (stable, so
-they stay shuffled within a bucket), cut into batches, shuffle the batches. Only a batch that straddles two buckets
+they stay shuffled within a bucket), cut into batches, shuffle the batches. The shuffle of the rows has the run's seed,
+that of the batches the epoch alone, so that runs which differ in their seed have the same padded length at every step
+and can train side by side in one program (`lorajax.train.pack`). Only a batch that straddles two buckets
 pays for the longer one. When the batch size does not divide the number of examples, the incomplete batch lies at the
 short end, where its empty rows cost least, and comes last in the epoch.
 
@@ -147,7 +149,7 @@ class Batches:
             padded = np.asarray(self.lengths)[self._buckets[grid[:, -1]]]
             grid[0] = np.roll(grid[0], -empty)
             whole = self.steps - (empty > 0)
-            order = _permutation(whole, self.seed, epoch, 1) if self.shuffle else np.arange(whole)
+            order = _permutation(whole, epoch, 1) if self.shuffle else np.arange(whole)
             if empty:
                 order = np.append(order + 1, 0)
             self._planned = (epoch, grid[order], padded[order])

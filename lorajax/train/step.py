@@ -89,9 +89,25 @@ def make_step(
     loss function's own scalars. A step whose loss, gradient norm or new values are not finite changes nothing: the
     state keeps its last good values and its step number, and so it does for the rest of that call; `blame` says why.
     """
-    for name, value in (("accumulate", accumulate), ("steps_per_call", steps_per_call)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    if steps_per_call < 1:
+        raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
+    one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate)
+    run = one if steps_per_call == 1 else repeated(one, steps_per_call)
+    return jax.jit(run, donate_argnums=0)
+
+
+def make_update(
+    loss: Loss,
+    adapt: Any,
+    tx: optax.GradientTransformation,
+    controller: Controller | None = None,
+    *,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """One step of `make_step`, not jitted, for a program of one's own."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} must be positive; None turns clipping off")
     controller = controller or identity()
@@ -114,6 +130,12 @@ def make_step(
         metrics = {"loss": found.loss, "penalty": found.penalty, "grad_norm": norm, "weight": found.weight}
         return after, {**found.aux, **metrics, "finite": finite}
 
+    return one
+
+
+def repeated(one: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    """`one` scanned over a leading axis of `steps` batches; a step that is not finite ends the scan's effect."""
+
     def many(state: TrainState, frozen: Any, batches: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         def body(carry: Any, batch: Any) -> Any:
             state, good = carry
@@ -121,10 +143,10 @@ def make_step(
             good = good & metrics["finite"]
             return (_keep(good, after, state), good), {**metrics, "finite": good}
 
-        (state, _), metrics = lax.scan(body, (state, jnp.bool_(True)), batches, length=steps_per_call)
+        (state, _), metrics = lax.scan(body, (state, jnp.bool_(True)), batches, length=steps)
         return state, metrics
 
-    return jax.jit(one if steps_per_call == 1 else many, donate_argnums=0)
+    return many
 
 
 def make_gradients(
