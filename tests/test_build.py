@@ -146,7 +146,7 @@ def test_the_papers_schedule_is_stretched_with_the_run(files):
     ("change", "call", "words"),
     [
         ({"args.targets": "all-linaer"}, "rules", ["unknown targets 'all-linaer'", "did you mean 'all-linear'?"]),
-        ({"variant.name": "adlora"}, "variant", ["unknown variant 'adlora'", "did you mean 'adalora'?", "full, lora"]),
+        ({"variant.name": "adlora"}, "variant", ["unknown variant 'adlora'", "did you mean 'adalora'?", " full,", " lora,"]),
         ({"variant.rnak": 4}, "variant", ["LoRA has no hyperparameter 'rnak'", "did you mean 'rank'?"]),
         ({"controller.name": "identiy"}, "controller", ["unknown controller 'identiy'", "did you mean 'identity'?"]),
         ({"optimizer.name": "adam"}, "optimizer", ["unknown optimizer 'adam'", "did you mean 'adamw'?"]),
