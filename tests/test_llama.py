@@ -12,7 +12,7 @@ import torch_models
 from safetensors.numpy import load_file
 
 from lorajax.models import Llama, LlamaConfig, params_from_hf, params_to_hf, unstack_layers
-from lorajax.models.layers import Experts
+from lorajax.models.experts import Experts
 from lorajax.models.rotary import Rope, rope_table
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -118,7 +118,11 @@ def test_tensors_are_all_accounted_for(golden: Any) -> None:
     with pytest.raises(ValueError, match="not in the checkpoint: 'lm_head.weight'"):
         params_from_hf(config, {name: x for name, x in tensors.items() if name != "lm_head.weight"})
     tied = LlamaConfig.from_hf(hf, tie_embeddings=True)
-    assert params_from_hf(tied, tensors).ignored == ("lm_head.weight",)
+    with pytest.raises(ValueError, match="'lm_head.weight' differs from 'embed_tokens.weight'"):
+        params_from_hf(tied, tensors)
+    assert params_from_hf(tied, tensors, ignore=[r"lm_head\.weight"]).ignored == ("lm_head.weight",)
+    copied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    assert params_from_hf(tied, copied).ignored == ("lm_head.weight",)
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,26 @@ from lorajax.models.bert import Bert
 from lorajax.models.bert_config import BertConfig
 from lorajax.models.checkpoint import Loaded, hf_names, params_from_hf, params_to_hf
 from lorajax.models.families import FAMILIES, model_from_hf
+from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import LlamaConfig
 from lorajax.models.stacking import stack_layers, unstack_layers
+from lorajax.models.t5 import T5, T5Config
+from lorajax.models.whisper import Whisper, WhisperConfig
 
 __all__ = [
     "FAMILIES",
+    "GPT2",
+    "T5",
     "Bert",
     "BertConfig",
+    "GPT2Config",
     "Llama",
     "LlamaConfig",
     "Loaded",
+    "T5Config",
+    "Whisper",
+    "WhisperConfig",
     "hf_names",
     "model_from_hf",
     "params_from_hf",

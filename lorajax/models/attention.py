@@ -75,7 +75,8 @@ class Attention(nn.Module):
     """Projections `query`, `key`, `value`, `output` with 2-D kernels around `attend`.
 
     features: width of the output. bias: which of query, key, value, output have one. norm_eps: with a number, RMS norm
-    of each head's queries and keys (`query_norm`, `key_norm`). The other fields are `attend`'s.
+    of each head's queries and keys (`query_norm`, `key_norm`). fused: one kernel `query_key_value` for the three, as
+    GPT-2 stores them (no cross-attention then). The other fields are `attend`'s.
     """
 
     run: Execution
@@ -89,6 +90,7 @@ class Attention(nn.Module):
     window: int | None = None
     scale: float | None = None
     norm_eps: float | None = None
+    fused: bool = False
     dropout: float = 0.0
     deterministic: bool = True
 
@@ -99,21 +101,24 @@ class Attention(nn.Module):
             types = {"dtype": self.run.dtype, "param_dtype": self.run.param_dtype}
             return nn.Dense(features, use_bias=bias, kernel_init=init, **types)
 
-        self.query = dense(self.heads * self.head_dim, self.bias[0])
-        self.key = dense(self.kv_heads * self.head_dim, self.bias[1])
-        self.value = dense(self.kv_heads * self.head_dim, self.bias[2])
+        inner = (self.heads * self.head_dim, self.kv_heads * self.head_dim)
+        if self.fused:
+            self.query_key_value = dense(inner[0] + 2 * inner[1], self.bias[0])
+        else:
+            self.query = dense(inner[0], self.bias[0])
+            self.key, self.value = dense(inner[1], self.bias[1]), dense(inner[1], self.bias[2])
         self.output = dense(self.features, self.bias[3])
         if self.norm_eps is not None:
             self.query_norm, self.key_norm = (RMSNorm(self.run, self.head_dim, self.norm_eps) for _ in range(2))
         if self.dropout:
             self.drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
 
-    def keys_values(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None = None) -> KeyValue:
-        """Keys and values of x (B, S, D): what cross-attention and caches keep."""
-        shape = (*x.shape[:2], self.kv_heads, self.head_dim)
-        k, v = self.key(x).reshape(shape), self.value(x).reshape(shape)
-        k = k if self.norm_eps is None else self.key_norm(k)
-        return (k if rope is None else rotate(k, *rope)), v
+    def keys_values(self, x: jax.Array) -> KeyValue:
+        """Keys and values of x (B, S, D), for cross-attention."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
 
     def __call__(
         self,
@@ -131,10 +136,17 @@ class Attention(nn.Module):
         cache, index: keys and values of S slots, of which the first `index` are filled; those of x are written
         behind them, and x attends to the whole cache under `mask`, which then says all (`causal_mask` and padding).
         """
-        q = self.query(x).reshape(*x.shape[:2], self.heads, self.head_dim)
-        q = q if self.norm_eps is None else self.query_norm(q)
-        q = q if rope is None else rotate(q, *rope)
-        k, v = self.keys_values(x, rope) if memory is None else memory
+        if self.fused:
+            inner = self.heads * self.head_dim
+            q, k, v = jnp.split(self.query_key_value(x), [inner, inner + self.kv_heads * self.head_dim], axis=-1)
+            q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        else:
+            q = self._heads(self.query(x))
+            k, v = self.keys_values(x) if memory is None else memory
+        if self.norm_eps is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             assert index is not None
             start = (0, index, 0, 0)

@@ -7,30 +7,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorajax.models.attention import KeyValue
+from lorajax.models.layers import LayerCache
+from lorajax.models.settings import Execution
 
 
 class Cache(NamedTuple):
-    """layers: keys and values of each layer, (B, S, kv_heads, head_dim) each, a tuple of layers or, for scanned layers,
-    one pair with a leading layer axis. used: int32 scalar, slots that are filled. mask: bool (B, S), filled slots that
-    hold a real token. memory: what an encoder gave (keys and values of cross-attention, mask), or None.
+    """layers: a `LayerCache` for each layer, arrays (B, S, kv_heads, head_dim): a tuple of layers or, for scanned
+    layers, one with a leading layer axis. used: int32 scalar, slots that are filled. mask: bool (B, S), filled slots
+    that hold a real token. source_mask: bool (B, 1, 1, S'), what cross-attention may see, or None.
     """
 
     layers: Any
     used: jax.Array
     mask: jax.Array
-    memory: Any = None
+    source_mask: jax.Array | None = None
 
 
-def empty_cache(
-    num_layers: int, batch: int, length: int, kv_heads: int, head_dim: int, *, dtype: Any, scan_layers: bool
-) -> Cache:
-    """A cache of `length` slots for each of `batch` rows, none filled."""
+def empty_cache(run: Execution, num_layers: int, batch: int, length: int, kv_heads: int, head_dim: int) -> Cache:
+    """A cache of `length` slots for each of `batch` rows, none filled, in the computation dtype."""
     shape = (batch, length, kv_heads, head_dim)
-    if scan_layers:
-        layers: Any = (jnp.zeros((num_layers, *shape), dtype), jnp.zeros((num_layers, *shape), dtype))
-    else:
-        layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+
+    def one(*lead: int) -> LayerCache:
+        return LayerCache((jnp.zeros((*lead, *shape), run.dtype), jnp.zeros((*lead, *shape), run.dtype)))
+
+    layers = one(num_layers) if run.scan_layers else tuple(one() for _ in range(num_layers))
     return Cache(layers, jnp.zeros((), jnp.int32), jnp.zeros((batch, length), bool))
 
 
@@ -42,6 +42,7 @@ def extend(cache: Cache, attention_mask: jax.Array | None, tokens: int) -> Cache
     return cache._replace(mask=mask, used=cache.used + tokens)
 
 
-def layer_cache(cache: Cache | None, layer: int) -> KeyValue | None:
-    """Keys and values of one layer of a cache that is not stacked."""
-    return None if cache is None else cache.layers[layer]
+def next_positions(cache: Cache, tokens: int) -> jax.Array:
+    """Positions (B, tokens) of the last `tokens` slots in use: the row's real tokens are counted, padding is not."""
+    counts = jnp.maximum(jnp.cumsum(cache.mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return jax.lax.dynamic_slice_in_dim(counts, cache.used - tokens, tokens, axis=1)

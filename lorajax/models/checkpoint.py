@@ -41,7 +41,8 @@ class Layout(NamedTuple):
     tensors: path of each parameter of per-layer trees -> Tensor, names without `prefix`. model, inputs: the module and
     the shapes of its inputs, for the parameters' shapes. prefix: what `transformers` writes before names, other than
     those that `bare` matches. renames: (regex, replacement) on the names of a checkpoint, `prefix` removed first.
-    unused: regexes of names that are dropped without asking. head: regex of the parts that a checkpoint may lack as a
+    unused: regexes of names that are dropped without asking. tied: copies of another tensor that a checkpoint may hold
+    (name -> of which), dropped if they are equal. head: regex of the parts that a checkpoint may lack as a
     whole (top-level modules), which are then initialised; its first group names the part.
     """
 
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
     bare: str = r"(?!)"
     renames: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    tied: Mapping[str, str] = {}
     head: str = r"(?!)"
     init_std: float = 0.02
 
@@ -124,6 +126,7 @@ def params_from_hf(
     if unmatched:
         raise ValueError(f"ignore {unmatched} matches no tensor of the checkpoint; it holds {_some(sorted(by_name))}")
     dropped = {name for name in by_name if any(re.fullmatch(regex, name) for regex in (*form.unused, *ignore))}
+    dropped |= _copies(form, {name: original for name, original in by_name.items() if name not in dropped}, tensors)
     present = {name: original for name, original in by_name.items() if name not in dropped}
     shapes = _shapes(form)
     _check(form, shapes, present, tensors)
@@ -132,7 +135,7 @@ def params_from_hf(
     flat, fresh = {}, []
     for path, tensor in form.tensors.items():
         if all(name in present for name in tensor.names):
-            parts = [_ours(np.asarray(tensors[present[name]]), tensor.form) for name in tensor.names]
+            parts = [to_ours(np.asarray(tensors[present[name]]), tensor.form) for name in tensor.names]
             flat[path] = place(path, np.stack(parts) if tensor.stacked else parts[0])
         else:
             fresh.append(path)
@@ -163,7 +166,7 @@ def params_to_hf(config: Any, variables: Mapping[str, Any]) -> dict[str, np.ndar
     return tensors
 
 
-def _ours(array: np.ndarray, form: str) -> np.ndarray:
+def to_ours(array: np.ndarray, form: str) -> np.ndarray:
     """A tensor of a checkpoint in our layout."""
     if form == "linear":
         return array.T
@@ -171,7 +174,7 @@ def _ours(array: np.ndarray, form: str) -> np.ndarray:
 
 
 def _theirs(array: np.ndarray, form: str) -> np.ndarray:
-    """Inverse of `_ours`."""
+    """Inverse of `to_ours`."""
     if form == "linear":
         return array.T
     return array.transpose(-1, -2, *range(array.ndim - 2)) if form == "conv" else array
@@ -200,6 +203,16 @@ def _normalised(form: Layout, tensors: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"the checkpoint holds {name!r} twice: as {by_name[name]!r} and as {original!r}")
         by_name[name] = original
     return by_name
+
+
+def _copies(form: Layout, by_name: Mapping[str, str], tensors: Mapping[str, Any]) -> set[str]:
+    """The tied tensors that the checkpoint holds. Error: ValueError if one is no copy."""
+    held = {name for name, of in form.tied.items() if name in by_name and of in by_name}
+    for name in held:
+        if not np.array_equal(np.asarray(tensors[by_name[name]]), np.asarray(tensors[by_name[form.tied[name]]])):
+            raise ValueError(f"{name!r} differs from {form.tied[name]!r}, to which the config ties it: "
+                             f"set tie_embeddings=False, or ignore=[{re.escape(name)!r}] to use the embeddings")
+    return held
 
 
 def _shapes(form: Layout) -> dict[str, tuple[int, ...]]:

@@ -10,10 +10,13 @@ from flax import linen as nn
 from lorajax.models.bert import Bert
 from lorajax.models.bert_config import FAMILIES as BERTS
 from lorajax.models.bert_config import BertConfig
+from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import MEMBERS as LLAMAS
 from lorajax.models.llama_config import LlamaConfig
 from lorajax.models.settings import choice
+from lorajax.models.t5 import T5, T5Config
+from lorajax.models.whisper import Whisper, WhisperConfig
 
 
 class Family(NamedTuple):
@@ -25,6 +28,10 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(BERTS, Family(BertConfig, Bert)),
+    "t5": Family(T5Config, T5),
+    "mt5": Family(T5Config, T5),
+    "whisper": Family(WhisperConfig, Whisper),
+    "gpt2": Family(GPT2Config, GPT2),
     **dict.fromkeys(LLAMAS, Family(LlamaConfig, Llama)),
 }
 """`model_type` of Hugging Face -> Family."""

@@ -14,7 +14,7 @@ _EXPERTS = {"gate": "w1", "up": "w3", "down": "w2"}
 
 @layout.register
 def _(config: LlamaConfig) -> Layout:
-    """Names carry the prefix `model.`, other than the head's. A tied head that is stored all the same is dropped."""
+    """Names carry the prefix `model.`, other than the head's. The head may be stored although it is tied."""
     c, tensors = config, {"params/embed/embedding": Tensor(("embed_tokens.weight",))}
 
     def linear(ours: str, theirs: str, bias: bool) -> None:
@@ -50,6 +50,7 @@ def _(config: LlamaConfig) -> Layout:
         (jax.ShapeDtypeStruct((1, 2), jnp.int32),),
         prefix="model.",
         bare=r"lm_head\..*",
-        unused=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", *((r"lm_head\.weight",) if c.tie_embeddings else ())),
+        unused=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        tied={"lm_head.weight": "embed_tokens.weight"} if c.tie_embeddings else {},
         init_std=c.initializer_range,
     )
