@@ -225,7 +225,8 @@ def diagnose(c: Any, loss: Any, adapt: Any, state: Any, frozen: Any, batch: Any,
 def report(c: Any, task: data.Task, baselines: Any, best: Any, trained: int, seconds: float) -> None:
     print(f"\n{task.name}, {c.args.model}, {c.variant.name}, seed {c.seed}: {trained:,} trained parameters, "
           f"{seconds:.0f} s on {jax.devices()[0].device_kind}")
-    for name, row in (baselines | {f"this run (best, step {best['step']})": best["scores"]}).items():
+    rows = baselines | {f"this run (best, step {best['step']})": best["scores"]}
+    for name, row in (rows | {f"  its {name}": row for name, row in best["views"].items()}).items():
         print(f"  {name:<28}" + "  ".join(f"{metric} {value:.4f}" for metric, value in row.items()))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,13 +147,17 @@ def every(steps: int, per_epoch: int, steps_per_call: int) -> int:
     return -(-(steps or per_epoch) // steps_per_call) * steps_per_call
 
 
+def schedule(config: ConfigDict, total: int) -> optax.Schedule:
+    """The learning rate of every step."""
+    return optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
+
+
 def optimizer(config: ConfigDict, adapt: Adapt, model: Model, total: int) -> optax.GradientTransformation:
     """`config.optimizer`, a row of `optim.NAMES`, with warm-up and decay; the head learns at `head_lr` (0: `lr`).
     Ranks that the controller masks do not move."""
-    schedule = optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
     settings = config.optimizer.to_dict()
     make = choose("optimizer", settings.pop("name"), optim.NAMES)
-    tx = make(schedule, adapt=adapt, weight_decay=config.weight_decay, **settings)
+    tx = make(schedule(config, total), adapt=adapt, weight_decay=config.weight_decay, **settings)
     # The update, decay included, is proportional to its learning rate: scaling it is a learning rate of its own.
     own_rate = not isinstance(config.head_lr, (int, float)) or config.head_lr != 0
     ratio = config.head_lr / config.lr if own_rate else 1.0
@@ -173,6 +178,10 @@ def scale_paths(factors: dict[str, float]) -> optax.GradientTransformation:
 
 
 def controller(config: ConfigDict, adapt: Adapt, total: int) -> control.Controller:
-    """What acts around the optimizer steps: `config.controller`, a row of `control.NAMES`."""
+    """What acts around the optimizer steps: `config.controller`, a row of `control.NAMES`. One that has a parameter
+    `learning_rate` or `seed` is told the run's."""
     settings = config.controller.to_dict()
-    return choose("controller", settings.pop("name"), control.NAMES)(adapt, total_steps=total, **settings)
+    make = choose("controller", settings.pop("name"), control.NAMES)
+    known = {"learning_rate": schedule(config, total), "seed": config.seed}
+    told = {name: value for name, value in known.items() if name in inspect.signature(make).parameters}
+    return make(adapt, total_steps=total, **(told | settings))

@@ -21,6 +21,7 @@ from lorajax.variants import (
     LoRA,
     MiSS,
     SHiRA,
+    SoRA,
     VeRA,
 )
 
@@ -59,6 +60,7 @@ ROWS: dict[str, Row] = {
     "lora-embedding": Row("lora", "2106.09685", LoRA(rank=4, initializer="embedding"), LORA, in_model=False),
     "lora-fa": Row("lora", "2308.03303", LoRA(rank=4, freeze_a=True), LORA),
     "adalora": Row("adalora", "2303.10512", AdaLoRA(rank=4), ADALORA, penalised=True),
+    "sora": Row("sora", "2311.11696", SoRA(rank=4, l1=0.1), LORA | {"g": (4,)}, penalised=True),
     "dora": Row("dora", "2402.09353", DoRA(LoRA(rank=4)), LORA | NORMS),
     "dora-full-gradient": Row("dora", "2402.09353", DoRA(LoRA(rank=4), detach=False), LORA | NORMS, in_model=False),
     "dora-adalora": Row("dora", "2402.09353", DoRA(AdaLoRA(rank=4)), ADALORA | NORMS, penalised=True),

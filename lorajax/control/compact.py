@@ -1,42 +1,81 @@
-"""After pruning: smaller AdaLoRA adapters with the same output."""
+"""Smaller adapters with the same output: without what pruning or gates zeroed, or cut at a rank."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from lorajax.control.dylora import rank_masks
 from lorajax.core.adapt import Adapt, adapt
 from lorajax.core.variant import Full, Variant
 from lorajax.variants.adalora import AdaLoRA, AdaLoRAAdapter
+from lorajax.variants.lora import LoRA, LoRAAdapter
+from lorajax.variants.sora import SoRA
 
 
 def compact(adapted: Adapt, trainable: dict[str, Any]) -> tuple[Adapt, dict[str, Any]]:
-    """Drops every triplet with E = 0: a new Adapt with a rank per site, and its trainable partition.
+    """Drops every component whose E (AdaLoRA) or gate (SoRA) is 0: a new Adapt with a rank per site, and its trainable
+    partition.
 
-    The frozen partition serves both. The scale stays tied to the initial rank (`AdaLoRA.init_rank`). A site without a
-    triplet left loses its adapter; the layers of a stacked site keep one common rank, the largest, filled up with
-    triplets whose E is 0. Needs concrete arrays: call it outside of jit. ValueError if nothing at all is left.
+    The frozen partition serves both. The scale stays that of the initial rank: `AdaLoRA.init_rank`, and in what SoRA
+    becomes, plain LoRA with ``A diag(g)`` for A, an alpha that is lower in proportion to the rank. A site without a
+    component left loses its adapter; the layers of a stacked site keep one common rank, the largest, filled up with
+    components that are 0. Needs concrete arrays: call it outside of jit. ValueError if nothing at all is left.
     """
+
+    def smaller(path: str, variant: Any, adapter: Any) -> tuple[Any, Any] | None:
+        if not isinstance(variant, AdaLoRA | SoRA):
+            return variant, adapter
+        weights = adapter.E if isinstance(variant, AdaLoRA) else adapter.g
+        rank = int((weights != 0).sum(-1).max())
+        if not rank:
+            return None
+        a, kept, b = _first(adapter.A, weights, adapter.B, rank)
+        if isinstance(variant, AdaLoRA):
+            return replace(variant, rank=rank, init_rank=variant.init_rank or variant.rank), AdaLoRAAdapter(a, kept, b)
+        plain = LoRA(rank=rank, alpha=variant.alpha * rank / variant.rank, dropout=variant.dropout)
+        return plain, LoRAAdapter(a * kept[..., None, :], b)
+
+    return _rebuilt(adapted, trainable, smaller)
+
+
+def truncate(adapted: Adapt, trainable: dict[str, Any], rank: int) -> tuple[Adapt, dict[str, Any]]:
+    """A trained DyLoRA cut to plain LoRA of `rank`: a new Adapt and its trainable partition, for the same frozen one.
+
+    alpha stays as it is: the scale of a LoRA of that rank is what DyLoRA trained with, so that the output is that under
+    ``rank_masks(adapted, rank)``. ValueError for a rank outside 1..R.
+    """
+    cut = rank_masks(adapted, rank)
+
+    def smaller(path: str, variant: Any, adapter: Any) -> tuple[Any, Any]:
+        if path not in cut:
+            return variant, adapter
+        return replace(variant, rank=rank), LoRAAdapter(adapter.A[..., :rank], adapter.B[..., :rank, :])
+
+    return _rebuilt(adapted, trainable, smaller)
+
+
+def _rebuilt(adapted: Adapt, trainable: dict[str, Any],
+             smaller: Callable[[str, Any, Any], tuple[Any, Any] | None]) -> tuple[Adapt, dict[str, Any]]:
+    """`adapted` and `trainable` with every (variant, adapter) replaced; None takes a site out."""
     rules: list[tuple[str, Variant | Full]] = []
     small: dict[str, Any] = {}
     for path, variant in adapted.plan.items():
-        if not isinstance(variant, AdaLoRA):
-            rules.append((re.escape(path), variant))
-            small[path] = trainable[path]
-        elif rank := int((trainable[path].E != 0).sum(-1).max()):
-            rules.append((re.escape(path), replace(variant, rank=rank, init_rank=variant.init_rank or variant.rank)))
-            small[path] = _first(trainable[path], rank)
+        if found := smaller(path, variant, trainable[path]):
+            rules.append((re.escape(path), found[0]))
+            small[path] = found[1]
     if not rules:
-        raise ValueError("every E is 0: nothing is left to compact. An adapter that has not trained yet starts so")
+        raise ValueError("every E or gate is 0: nothing is left to compact. AdaLoRA that has not trained yet starts so")
     return adapt(adapted.sites, rules, adapted.dtype), small
 
 
-def _first(adapter: AdaLoRAAdapter, rank: int) -> AdaLoRAAdapter:
-    """The `rank` first triplets of each matrix, in their order, those with E = 0 counted last."""
-    order = jnp.argsort(adapter.E == 0, axis=-1, stable=True)[..., :rank]
+def _first(a: jax.Array, e: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `rank` first components of each matrix, in their order, those with e = 0 counted last."""
+    order = jnp.argsort(e == 0, axis=-1, stable=True)[..., :rank]
     take = jnp.take_along_axis
-    return AdaLoRAAdapter(take(adapter.A, jnp.expand_dims(order, -2), -1), take(adapter.E, order, -1),
-                          take(adapter.B, jnp.expand_dims(order, -1), -2))
+    return (take(a, jnp.expand_dims(order, -2), -1), take(e, order, -1), take(b, jnp.expand_dims(order, -1), -2))

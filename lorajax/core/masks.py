@@ -35,7 +35,7 @@ def apply(mask: Any, leaves: Mapping[str, Leaf], adapter: Any) -> Any:
         masked[name] = getattr(adapter, name) * m.astype(getattr(adapter, name).dtype)
     for name, m in ({} if trains is None else spread(trains, leaves, adapter)).items():
         x = masked.get(name, getattr(adapter, name))
-        masked[name] = jnp.where(jnp.broadcast_to(m != 0, x.shape), x, lax.stop_gradient(x))
+        masked[name] = jnp.where(jnp.broadcast_to(m.astype(bool), x.shape), x, lax.stop_gradient(x))
     return adapter._replace(**masked)
 
 
@@ -46,7 +46,7 @@ def keep(mask: Any, leaves: Mapping[str, Leaf], new: Any, old: Any) -> Any:
     kept = {}
     for name, m in spread(moves, leaves, new).items():
         x = getattr(new, name)
-        kept[name] = jnp.where(jnp.broadcast_to(m != 0, x.shape), x, getattr(old, name))
+        kept[name] = jnp.where(jnp.broadcast_to(m.astype(bool), x.shape), x, getattr(old, name))
     return new._replace(**kept)
 
 

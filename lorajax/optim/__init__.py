@@ -15,6 +15,7 @@ from lorajax.optim.lora_pro import lora_pro
 from lorajax.optim.lora_rite import lora_rite
 from lorajax.optim.recipe import adamw, warmup_schedule
 from lorajax.optim.riemannian import riemannian
+from lorajax.optim.sora import sora
 from lorajax.variants import LoRA
 
 
@@ -40,10 +41,11 @@ NAMES: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyT
     "riemannian": riemannian,
     "lora_pro": lora_pro,
     "lora_rite": lora_rite,
+    "sora": sora,
 })
 """Name -> ``(learning_rate, *, adapt, weight_decay, **settings)``: an optimizer that includes its learning rate."""
 
 __all__ = [
     "NAMES", "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "lora_pro", "lora_rite",
-    "project_b", "riemannian", "warmup_schedule",
+    "project_b", "riemannian", "sora", "warmup_schedule",
 ]

@@ -17,6 +17,7 @@ from lorajax.variants.lokr import LoKr
 from lorajax.variants.lora import LoRA
 from lorajax.variants.miss import MiSS
 from lorajax.variants.shira import SHiRA
+from lorajax.variants.sora import SoRA
 from lorajax.variants.vera import VeRA
 
 NAMES: Mapping[str, type[Variant]] = MappingProxyType({
@@ -31,6 +32,7 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "delora": DeLoRA,
     "ia3": IA3,
     "shira": SHiRA,
+    "sora": SoRA,
     "vera": VeRA,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
@@ -48,5 +50,6 @@ __all__ = [
     "LoRA",
     "MiSS",
     "SHiRA",
+    "SoRA",
     "VeRA",
 ]

@@ -1,0 +1,27 @@
+r"""DyLoRA (arXiv 2210.07558) on a GLUE task or on `reviews`, which needs no model hub.
+
+    python -m experiments.glue --config configs/dylora.py
+    python -m experiments.glue --config configs/dylora.py:smoke
+    python -m experiments.glue --config configs/dylora.py:task=rte,model=minilm,rank=8 --config.controller.frozen=false
+
+One training, and the score at every rank from 1 to `rank`: printed at each evaluation, and under `views` in
+summary.json. The best step is that of the full rank. The scripts' GLUE recipe is LoRA's with rank 8 and alpha 16.
+frozen: only the highest of a step's ranks learns. strict: what does not learn does not move (the released code's
+optimizer moves it). probabilities: of the ranks, () for uniform. ranks: those that are scored, () for all.
+
+`lorajax.control.truncate` turns the adapter of the run into plain LoRA of any of these ranks.
+
+Measured: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import arguments, glue
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = arguments(arg)
+    c = glue(args)
+    c.variant = {"name": "lora", "rank": args.rank, "alpha": 16.0, "dropout": 0.0, "initializer": "kaiming"}
+    c.controller = {"name": "dylora", "frozen": True, "strict": True, "probabilities": (), "ranks": ()}
+    return c

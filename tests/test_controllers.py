@@ -1,0 +1,46 @@
+"""What holds of every controller: the same run in one piece or resumed, in micro-batches, on eight devices."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from controlled import BATCH, Trainer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorajax.control import adalora, dylora, sora
+from lorajax.train.checkpoint import Checkpoints
+from lorajax.variants import AdaLoRA, LoRA, SoRA
+
+STEPS = 6
+ROWS: dict[str, tuple[Any, Any]] = {
+    "adalora": (AdaLoRA(rank=4), lambda a: adalora(a, total_steps=STEPS, target_rank=2, t_final=2)),
+    "dylora": (LoRA(rank=4), lambda a: dylora(a, seed=3)),
+    "sora": (SoRA(rank=4), lambda a: sora(a, total_steps=STEPS, learning_rate=0.02, threshold=[1, 9], first=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_resume_micro_batches_and_devices_change_nothing(name: str, tmp_path: Any) -> None:
+    whole = Trainer(*ROWS[name])
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        first = whole.run(2)
+        saved.save(2, whole.state, {})
+        last = whole.run(STEPS - 2)
+        assert whole.step._cache_size() == 1  # whatever the rank drawn, the budget or the stage
+        whole.state, _ = saved.restore(whole.state)
+    jax.tree.map(np.testing.assert_array_equal, whole.run(STEPS - 2), last)
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    spread = Trainer(*ROWS[name], accumulate=4)
+    spread.state = jax.tree.map(place, spread.state)
+    base = {path: place(w, None, None, "tensor") if path == "stack" else place(w)
+            for path, w in spread.frozen.base.items()}
+    spread.frozen = spread.frozen._replace(base=base)
+    got = spread.run(STEPS, jax.tree.map(lambda x: place(x.reshape(4, 4, -1), None, "data"), BATCH))
+    for after, want in zip(got, [*first, *last], strict=True):
+        for path, adapter in want.items():
+            for field, x, y in zip(adapter._fields, after[path], adapter, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=f"{path} {field}")
+                np.testing.assert_array_equal(np.equal(x, 0), np.equal(y, 0), err_msg=f"{path} {field}")
