@@ -84,6 +84,10 @@ def main(argv: list[str]) -> None:
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
         if saved.latest() is not None:
             state, best = saved.restore(state)
+        # ReLoRA merges into the weights as it goes: what has moved is part of the state, the base stays as it was.
+        base, restart = frozen, controller.restart
+        frozen = restart.rebase(base, state.control) if restart else base
+        anew = jax.jit(restart.restart if restart else lambda state: state, donate_argnums=0)
         step = int(state.step)
         run.rewind(step)
 
@@ -101,6 +105,9 @@ def main(argv: list[str]) -> None:
                     saved.save(start + int(np.sum(metrics["finite"])), state, best)
                     raise SystemExit(diagnose(c, loss, adapt, state, frozen, batch, metrics, controller))
                 last = jax.tree.map(lambda x: x[-1] if n > 1 else x, metrics)
+                if restart and step % restart.every == 0 and step < total:
+                    state = anew(state)
+                    frozen = restart.rebase(base, state.control)
                 bar.update(n, examples=n * c.batch, loss=last["loss"])
                 if step % log_every == 0:
                     run.log(step, {name: last[name] for name in sorted(last) if name not in ("finite", "weight")})
@@ -125,7 +132,8 @@ def main(argv: list[str]) -> None:
 
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
-        adapter.save(folder / "adapter", adapt.plan, state.trainable, adapt.kept(frozen), base=model.fingerprint)
+        plan, arrays = restart.whole(state.trainable, base, state.control) if restart else (adapt.plan, state.trainable)
+        adapter.save(folder / "adapter", plan, arrays, adapt.kept(frozen), base=model.fingerprint)
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         if c.probe:

@@ -148,7 +148,14 @@ def every(steps: int, per_epoch: int, steps_per_call: int) -> int:
 
 
 def schedule(config: ConfigDict, total: int) -> optax.Schedule:
-    """The learning rate of every step."""
+    """The learning rate of every step. `restarts` is ReLoRA's, by the restarts of its controller."""
+    if config.schedule == "restarts":
+        c = config.controller
+        if c.name != "relora":
+            raise ConfigError(f"schedule='restarts' follows the restarts of the controller 'relora', and this run's is "
+                              f"{c.name!r}: use linear, cosine or constant, or configs/relora.py")
+        every = round(c.every * total) if c.every < 1 else int(c.every)
+        return optim.restart_schedule(config.lr, total, every, config.warmup, c.restart_warmup)
     return optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
 
 
@@ -184,4 +191,8 @@ def controller(config: ConfigDict, adapt: Adapt, total: int) -> control.Controll
     make = choose("controller", settings.pop("name"), control.NAMES)
     known = {"learning_rate": schedule(config, total), "seed": config.seed}
     told = {name: value for name, value in known.items() if name in inspect.signature(make).parameters}
-    return make(adapt, total_steps=total, **(told | settings))
+    made = make(adapt, total_steps=total, **(told | settings))
+    if made.restart and made.restart.every % config.steps_per_call:
+        raise ConfigError(f"a restart every {made.restart.every} steps falls within a call of steps_per_call="
+                          f"{config.steps_per_call} steps: make controller.every a multiple of it")
+    return made

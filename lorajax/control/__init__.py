@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from lorajax.control.adalora import AdaLoRAState, adalora, budget_schedule
 from lorajax.control.compact import compact, truncate
-from lorajax.control.controller import Controller, identity
+from lorajax.control.controller import Controller, Restart, identity
 from lorajax.control.dylora import dylora, rank_masks
 from lorajax.control.importance import (
     effective_rank,
@@ -18,19 +18,21 @@ from lorajax.control.importance import (
     stable_rank,
 )
 from lorajax.control.ranks import allocate, with_ranks
+from lorajax.control.relora import ReLoRAState, relora
 from lorajax.control.sora import sora
 
 NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
     "identity": lambda adapt, *, total_steps: identity(),
     "adalora": adalora,
     "dylora": dylora,
+    "relora": relora,
     "sora": sora,
 })
 """Name -> ``(adapt, *, total_steps, **settings) -> Controller``. One that has a parameter `learning_rate` or `seed` is
 told the run's."""
 
 __all__ = [
-    "NAMES", "AdaLoRAState", "Controller", "adalora", "allocate", "budget_schedule", "compact", "dylora",
-    "effective_rank", "energy_rank", "identity", "importance", "rank_masks", "smoothed_sensitivity", "sora",
-    "spectra", "stable_rank", "truncate", "with_ranks",
+    "NAMES", "AdaLoRAState", "Controller", "ReLoRAState", "Restart", "adalora", "allocate", "budget_schedule",
+    "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance", "rank_masks", "relora",
+    "smoothed_sensitivity", "sora", "spectra", "stable_rank", "truncate", "with_ranks",
 ]

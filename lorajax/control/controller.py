@@ -6,6 +6,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
+class Restart(NamedTuple):
+    """What happens between steps, every so often: the adapter is merged and starts anew (ReLoRA).
+
+    every: steps. restart: train state -> train state, pure and jittable, after the steps every, 2 every, ... but not
+      after the last.
+    rebase: (frozen, control state) -> the frozen partition that the following steps use; `frozen` is the one that
+      `adapt.init` gave, which never changes, and what is merged into it is part of the control state.
+    whole: (trainable, frozen, control state) -> (plan, trainable) that say the same without the control state, for
+      export.
+    """
+
+    every: int
+    restart: Callable[[Any], Any]
+    rebase: Callable[[Any, Any], Any]
+    whole: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
 class Controller(NamedTuple):
     """Pure functions called around each optimizer step, all of them jittable with static shapes.
 
@@ -16,6 +33,7 @@ class Controller(NamedTuple):
     settled: the first step whose adapter has its final form: no earlier one counts as the best of a run.
     views: state -> name -> masks for `bind`, further forms of the adapter that a run evaluates (DyLoRA's ranks).
     report: state -> numbers for the run's log and summary (ranks kept). Not jitted.
+    restart: what happens between steps, or None.
     """
 
     init: Callable[[Any], Any]
@@ -24,6 +42,7 @@ class Controller(NamedTuple):
     settled: int = 0
     views: Callable[[Any], dict[str, Any]] = lambda state: {}
     report: Callable[[Any], dict[str, int | float]] = lambda state: {}
+    restart: Restart | None = None
 
 
 def identity() -> Controller:

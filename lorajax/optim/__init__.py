@@ -13,7 +13,7 @@ from lorajax.optim.lora_fa import lora_fa, lora_fa_projected, project_b
 from lorajax.optim.lora_plus import groups, lora_plus
 from lorajax.optim.lora_pro import lora_pro
 from lorajax.optim.lora_rite import lora_rite
-from lorajax.optim.recipe import adamw, warmup_schedule
+from lorajax.optim.recipe import adamw, restart_schedule, warmup_schedule
 from lorajax.optim.riemannian import riemannian
 from lorajax.optim.sora import sora
 from lorajax.variants import LoRA
@@ -47,5 +47,5 @@ NAMES: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyT
 
 __all__ = [
     "NAMES", "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "lora_pro", "lora_rite",
-    "project_b", "riemannian", "sora", "warmup_schedule",
+    "project_b", "restart_schedule", "riemannian", "sora", "warmup_schedule",
 ]

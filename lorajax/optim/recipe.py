@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 NO_DECAY = r"(?i).*norm.*|(.*/)?(bias|scale)"
@@ -31,6 +32,33 @@ def warmup_schedule(peak: float, total_steps: int, warmup: float = 0.0, decay: s
     if steps == 0:
         return tails[decay]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, steps), tails[decay]], [steps])
+
+
+def restart_schedule(peak: float, total_steps: int, every: int, warmup: float = 0.0, restart_warmup: float = 0.02,
+                     minimum: float = 0.1) -> optax.Schedule:
+    """ReLoRA's learning rate (arXiv 2307.05695, section 3; the released code's ``cosine_restarts``): one cosine from
+    `peak` to ``minimum * peak`` over the whole run, and after every restart a climb from 0 to where that cosine is.
+
+    every: steps between restarts. warmup, restart_warmup: steps, or below 1 the share of the run. As in the released
+    code the climb after the n-th restart ends at the cosine's value for step n * every, warm-up not subtracted.
+    """
+    first, again = (round(w * total_steps) if w < 1 else int(w) for w in (warmup, restart_warmup))
+    if not 0 <= first < max(total_steps, 1):
+        raise ValueError(f"warmup={warmup} is {first} steps of a run of {total_steps}: it must be shorter than the run")
+    if not 0 <= again < every:
+        raise ValueError(f"restart_warmup={restart_warmup} is {again} steps, but there is a restart every {every}: it "
+                         f"must be shorter")
+    rest = max(total_steps - first, 1)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32)
+        number = jnp.floor(t / every)
+        cosine = lambda x: minimum + (1.0 - minimum) * 0.5 * (1.0 + jnp.cos(jnp.pi * x / rest))  # noqa: E731
+        inside = t - number * every
+        climb = inside / max(again, 1) * cosine(number * every)
+        return peak * jnp.where(t < first, t / max(first, 1), jnp.where(inside < again, climb, cosine(t - first)))
+
+    return schedule
 
 
 def adamw(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
