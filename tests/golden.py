@@ -22,7 +22,7 @@ from flax import linen as nn
 from safetensors.numpy import load_file
 
 import lorajax as lj
-from lorajax.models import hf_names, model_from_hf, params_from_hf
+from lorajax.models import hf_modules, model_from_hf, params_from_hf
 from lorajax.models.checkpoint import layout, to_ours
 
 ROOT = Path(__file__).parent / "goldens"
@@ -79,7 +79,7 @@ class Case(NamedTuple):
     def adapters(self, variant: Any, tensors: Mapping[str, np.ndarray], like: Any, read: Read | None = None) -> Any:
         """Path -> adapter NamedTuple, read from PEFT's tensors; `like` has the adapters' structure (`adapt.shapes()`).
 
-        A leaf is `<module>.<Leaf.peft>`, transposed if it has two axes (ours are in x out), and given `like`'s shape.
+        A leaf is `<module>.<Leaf.peft>`, (out, in, *window) there and (*window, in, out) here, given `like`'s shape.
         `read(variant, module, tensors)` -> fields replaces that, for what is stored otherwise.
         """
         found = {}
@@ -88,7 +88,7 @@ class Case(NamedTuple):
                 fields = read(variant, module, tensors)
             else:
                 fields = {
-                    name: tensors[f"{module}.{leaf.peft}"].T
+                    name: turned(tensors[f"{module}.{leaf.peft}"])
                     for name, leaf in variant.leaves.items() if getattr(like[path], name, None) is not None
                 }  # fmt: skip
             found[path] = like[path]._replace(
@@ -98,7 +98,7 @@ class Case(NamedTuple):
 
     def adapt(self, variant: Any) -> Any:
         """`lj.adapt` of the case's targets with one variant (or module -> variant)."""
-        sites = lj.sites(functools.partial(self.model.apply, **self.inputs), self.params)
+        sites = lj.sites(lambda params, inputs: self.model.apply(params, **inputs), self.params, self.inputs)
         of = variant if isinstance(variant, Mapping) else dict.fromkeys(self.targets, variant)
         return lj.adapt(sites, [(path, of[module]) for module, path in self.targets.items()])
 
@@ -147,8 +147,10 @@ def load(name: str, **overrides: Any) -> Case:
               for key, x in arrays.items() if key in INPUTS}  # fmt: skip
     with np.load(folder / "expected.npz") as file:
         expected = {key: file[key] for key in file}
-    names = hf_names(model.config)  # type: ignore[attr-defined]
-    paths = {their[0].removesuffix(".weight"): ours for ours, their in names.items() if their[0].endswith(".weight")}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].transpose(0, 2, 3, 1)
+    modules = hf_modules(model.config)  # type: ignore[attr-defined]
+    paths = {theirs: ours for ours, names in modules.items() for theirs in names}
     return Case(folder, info, expected, model, params, inputs, jnp.asarray(arrays["labels"].astype(np.int32)), paths)
 
 
@@ -163,6 +165,11 @@ def adamw(step: Callable[[Any], tuple[jax.Array, Any]], trainable: Any, settings
             updates, state = update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     return np.asarray([*losses, step(trainable)[0]])
+
+
+def turned(array: np.ndarray) -> np.ndarray:
+    """(out, in, *window) -> (*window, in, out); a vector as it is."""
+    return array if array.ndim < 2 else to_ours(array, "conv")
 
 
 def close(have: Any, want: Any, *, atol: float, rtol: float = 0.0) -> None:

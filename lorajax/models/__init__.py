@@ -4,13 +4,15 @@
 from lorajax.models import bert_checkpoint, llama_checkpoint  # noqa: F401
 from lorajax.models.bert import Bert
 from lorajax.models.bert_config import BertConfig
-from lorajax.models.checkpoint import Loaded, hf_names, params_from_hf, params_to_hf
+from lorajax.models.checkpoint import Loaded, hf_modules, hf_names, params_from_hf, params_to_hf
 from lorajax.models.families import FAMILIES, model_from_hf
 from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import LlamaConfig
+from lorajax.models.resnet import ResNet, ResNetConfig
 from lorajax.models.stacking import stack_layers, unstack_layers
 from lorajax.models.t5 import T5, T5Config
+from lorajax.models.vit import ViT, ViTConfig
 from lorajax.models.whisper import Whisper, WhisperConfig
 
 __all__ = [
@@ -23,9 +25,14 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "Loaded",
+    "ResNet",
+    "ResNetConfig",
     "T5Config",
+    "ViT",
+    "ViTConfig",
     "Whisper",
     "WhisperConfig",
+    "hf_modules",
     "hf_names",
     "model_from_hf",
     "params_from_hf",

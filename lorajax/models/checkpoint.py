@@ -40,7 +40,8 @@ class Layout(NamedTuple):
 
     tensors: path of each parameter of per-layer trees -> Tensor, names without `prefix`. model, inputs: the module and
     the shapes of its inputs, for the parameters' shapes. prefix: what `transformers` writes before names, other than
-    those that `bare` matches. renames: (regex, replacement) on the names of a checkpoint, `prefix` removed first.
+    those that `bare` matches. modules: (regex, replacement) where transformers 5 names modules otherwise than files.
+    renames: (regex, replacement) on the names of a checkpoint, `prefix` removed first.
     unused: regexes of names that are dropped without asking. tied: copies of another tensor that a checkpoint may hold
     (name -> of which), dropped if they are equal. head: regex of the parts that a checkpoint may lack as a
     whole (top-level modules), which are then initialised; its first group names the part.
@@ -51,6 +52,7 @@ class Layout(NamedTuple):
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     prefix: str = ""
     bare: str = r"(?!)"
+    modules: tuple[tuple[str, str], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
     tied: Mapping[str, str] = {}
@@ -100,6 +102,21 @@ def hf_names(config: Any) -> dict[str, tuple[str, ...]]:
     `transformers` writes; several where one parameter here stacks several tensors. In the model's order."""
     found = layout(config)
     return {path: tuple(_written(found, name) for name in tensor.names) for path, tensor in found.tensors.items()}
+
+
+def hf_modules(config: Any) -> dict[str, tuple[str, ...]]:
+    """Path of each per-layer kernel or table -> the names of its module in `transformers`: as in checkpoints and in
+    transformers 4, then as in transformers 5 where that differs. Without stacked parameters (experts)."""
+    found = layout(config)
+    names: dict[str, tuple[str, ...]] = {}
+    for path, tensor in found.tensors.items():
+        if tensor.stacked or not tensor.names[0].endswith(".weight"):
+            continue
+        old = new = _written(found, tensor.names[0]).removesuffix(".weight")
+        for regex, replacement in found.modules:
+            new = re.sub(regex, replacement, new)
+        names[path] = (old,) if old == new else (old, new)
+    return names
 
 
 def params_from_hf(

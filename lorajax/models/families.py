@@ -14,8 +14,10 @@ from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import MEMBERS as LLAMAS
 from lorajax.models.llama_config import LlamaConfig
+from lorajax.models.resnet import ResNet, ResNetConfig
 from lorajax.models.settings import choice
 from lorajax.models.t5 import T5, T5Config
+from lorajax.models.vit import ViT, ViTConfig
 from lorajax.models.whisper import Whisper, WhisperConfig
 
 
@@ -31,6 +33,9 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(T5Config, T5),
     "mt5": Family(T5Config, T5),
     "whisper": Family(WhisperConfig, Whisper),
+    "vit": Family(ViTConfig, ViT),
+    "dinov2": Family(ViTConfig, ViT),
+    "resnet": Family(ResNetConfig, ResNet),
     "gpt2": Family(GPT2Config, GPT2),
     **dict.fromkeys(LLAMAS, Family(LlamaConfig, Llama)),
 }
