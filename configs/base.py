@@ -79,6 +79,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.clip = 1.0
     c.accumulate = 1
     c.label_smoothing = 0.0
+    # Further rules, which come before `targets`, in the order of their names: name -> {"paths": a preset or a regex,
+    # "name": a variant or "full", and its hyperparameters}.
+    c.also = {}
     # Controller: a row of lorajax.control.NAMES with its settings.
     c.controller = {"name": "identity"}
     # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.

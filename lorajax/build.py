@@ -114,7 +114,10 @@ def compute_dtype(config: ConfigDict) -> Any:
 
 def variant(config: ConfigDict) -> Variant | Full:
     """The method with its hyperparameters, `config.variant`."""
-    fields = config.variant.to_dict()
+    return _variant(config.variant.to_dict())
+
+
+def _variant(fields: dict[str, Any]) -> Variant | Full:
     cls = choose("variant", fields.pop("name"), {**NAMES, "full": Full})
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
@@ -126,7 +129,8 @@ def variant(config: ConfigDict) -> Variant | Full:
 
 
 def rules(config: ConfigDict, model: Model) -> list[Rule]:
-    """The head is trained in full; `targets` (a preset, 'all', or a regex on paths) get the variant."""
+    """The head is trained in full; `config.also` comes next; `targets` (a preset, 'all', or a regex on paths) get the
+    variant."""
     tops = {"/".join(path.split("/")[:2]) for path in model.fresh}  # the fresh head: params/classifier
     targets = config.args.targets
     if targets not in (*PRESETS, "all") and re.fullmatch(r"[\w-]+", targets):
@@ -134,7 +138,9 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
         raise ConfigError(f"unknown targets {targets!r}{nearest(targets, known)} There are: {', '.join(known)}, "
                           f"or a regular expression that matches whole paths, such as '.*/query/kernel'")
     head: list[Rule] = [(f"{re.escape(top)}/.*", Full()) for top in sorted(tops)]
-    return [*head, (".*" if targets == "all" else targets, variant(config))]
+    others = [config.also[name].to_dict() for name in sorted(config.also)]
+    also: list[Rule] = [(fields.pop("paths"), _variant(fields)) for fields in others]
+    return [*head, *also, (".*" if targets == "all" else targets, variant(config))]
 
 
 def total_steps(config: ConfigDict, per_epoch: int) -> int:

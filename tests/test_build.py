@@ -1,5 +1,8 @@
 """Config -> parts: what each key does, and errors that name the nearest valid choice."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,8 @@ from tiny import glue_folder, model_folder
 
 import lorajax as lj
 from lorajax import build, config, control
+from lorajax.variants import bitfit, ia3, layernorm
+from lorajax.variants import full as full_page
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,82 @@ def test_full_fine_tuning_takes_every_leaf(files):
     _, _, _, adapt = adapted(parse(files, "full"))
     assert set(adapt.plan) == set(adapt.sites.leaves)
     assert all(isinstance(choice, lj.Full) for choice in adapt.plan.values())
+
+
+CONFIGS = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+@pytest.fixture(scope="module")
+def traced(files):
+    c = parse(files)
+    model = build.load_model(c, build.load_data(c).task, jax.random.key(0))
+    return model, lj.sites(model.net.apply, model.variables, jnp.zeros((2, 16), jnp.int32))
+
+
+def test_the_configs_are_there():
+    assert {"bitfit", "delora", "full", "gralora", "hira", "hybrid", "ia3", "layernorm", "loha", "lokr", "lora", "miss",
+            "shira"} <= set(CONFIGS)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_makes_rules_an_optimizer_and_a_controller(files, traced, name):
+    model, sites = traced
+    ranked = "rank" in config.load(f"configs/{name}.py").args
+    c = parse(files, name, ",rank=4" if ranked else "")
+    adapt = lj.adapt(sites, build.rules(c, model))
+    assert adapt.count() > sum(model.variables["params"]["classifier"][leaf].size for leaf in ("kernel", "bias"))
+    build.optimizer(c, adapt, model, 100)
+    build.controller(c, adapt, 100)
+
+
+def of_config(files, traced, name, arg=""):
+    model, sites = traced
+    plan = dict(lj.adapt(sites, build.rules(parse(files, name, arg), model)).plan)
+    assert {plan.pop(path) for path in model.fresh} == {lj.Full()}
+    return plan
+
+
+def of_page(traced, rules):
+    return {p: c for p, c in lj.adapt(traced[1], rules).plan.items() if p not in traced[0].fresh}
+
+
+def test_bitfit_trains_the_biases(files, traced):
+    plan = of_config(files, traced, "bitfit")
+    biases = {path for path in traced[1].leaves if path.endswith("/bias")}
+    assert plan == dict.fromkeys(biases - set(traced[0].fresh), lj.Full())
+    assert "params/layer_0/ffn_norm/bias" in plan
+    assert plan == of_page(traced, bitfit.rules())
+    small = of_config(files, traced, "bitfit", ",targets=.*/(query|up)/bias")
+    assert small == of_page(traced, bitfit.rules("query-and-middle"))
+    assert set(small) == {f"params/layer_{i}/{name}/bias" for i in range(2) for name in ("attention/query", "ffn/up")}
+
+
+def test_layernorm_trains_the_norms(files, traced):
+    plan = of_config(files, traced, "layernorm")
+    owners = ["embeddings/norm", *[f"layer_{i}/{name}" for i in range(2) for name in ("attention_norm", "ffn_norm")]]
+    assert plan == {f"params/{owner}/{leaf}": lj.Full() for owner in owners for leaf in ("scale", "bias")}
+    assert plan == of_page(traced, layernorm.rules())
+    for path in ("h/ln_1/scale", "model/norm/weight", "LayerNorm_0/bias", "ln_f/scale"):
+        assert re.fullmatch(layernorm.NORMS, path)
+    assert not re.fullmatch(layernorm.NORMS, "normal/kernel/bias")
+
+
+def test_ia3_scales_keys_and_values_out_and_the_feed_forward_in(files, traced):
+    plan = of_config(files, traced, "ia3")
+    sides = {path.removeprefix("params/layer_0/"): variant.side for path, variant in plan.items() if "layer_0" in path}
+    assert sides == {"attention/key/kernel": "out", "attention/value/kernel": "out", "ffn/down/kernel": "in"}
+    assert len(plan) == 6
+    assert plan == of_page(traced, ia3.rules())
+
+
+def test_hybrid_trains_some_in_full_and_the_rest_by_lora(files, traced):
+    plan = of_config(files, traced, "hybrid", ",rank=3,targets=qv,full=.*/(embeddings/word/embedding|ffn/up/kernel)")
+    full = {path for path, choice in plan.items() if isinstance(choice, lj.Full)}
+    assert full == {"params/embeddings/word/embedding", *[f"params/layer_{i}/ffn/up/kernel" for i in range(2)]}
+    low = lj.LoRA(rank=3, alpha=16.0)
+    assert {path: plan[path] for path in plan.keys() - full} == {
+        f"params/layer_{i}/attention/{name}/kernel": low for i in range(2) for name in ("query", "value")}  # fmt: skip
+    assert plan == of_page(traced, full_page.rules(r".*/(word/embedding|up/kernel)", "qv", low))
 
 
 def test_the_fingerprint_is_of_the_encoder_alone(files, tmp_path):
@@ -146,7 +227,8 @@ def test_the_papers_schedule_is_stretched_with_the_run(files):
     ("change", "call", "words"),
     [
         ({"args.targets": "all-linaer"}, "rules", ["unknown targets 'all-linaer'", "did you mean 'all-linear'?"]),
-        ({"variant.name": "adlora"}, "variant", ["unknown variant 'adlora'", "did you mean 'adalora'?", " full,", " lora,"]),
+        ({"variant.name": "adlora"}, "variant",
+         ["unknown variant 'adlora'", "did you mean 'adalora'?", " full,", " lora,"]),
         ({"variant.rnak": 4}, "variant", ["LoRA has no hyperparameter 'rnak'", "did you mean 'rank'?"]),
         ({"controller.name": "identiy"}, "controller", ["unknown controller 'identiy'", "did you mean 'identity'?"]),
         ({"optimizer.name": "adam"}, "optimizer", ["unknown optimizer 'adam'", "did you mean 'adamw'?"]),

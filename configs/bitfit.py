@@ -1,0 +1,23 @@
+r"""BitFit (arXiv 2106.10199): the biases alone, on a GLUE task or on `reviews`.
+
+    python -m experiments.glue --config configs/bitfit.py
+    python -m experiments.glue --config configs/bitfit.py:smoke
+    python -m experiments.glue --config configs/bitfit.py:task=rte,model=minilm --config.lr=1e-3
+
+Every bias of the model and the head are trained, the layer norms' among them. `targets=.*/(query|up)/bias` is the
+paper's smaller set: the biases of the queries and of the feed-forward block's inside. The paper's learning rates are
+1e-4 to 1e-3.
+
+Measured: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import arguments, glue
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = arguments(arg, rank=None, targets=r".*/bias")
+    c = glue(args)
+    c.variant = {"name": "full"}
+    return c

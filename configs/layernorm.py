@@ -1,0 +1,21 @@
+r"""LayerNorm tuning (arXiv 2312.11420) on a GLUE task or on `reviews`.
+
+    python -m experiments.glue --config configs/layernorm.py
+    python -m experiments.glue --config configs/layernorm.py:smoke
+    python -m experiments.glue --config configs/layernorm.py:task=rte,model=minilm --config.lr=1e-3
+
+Scales and biases of the normalisations, and the head, are trained.
+
+Measured: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import arguments, glue
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = arguments(arg, rank=None, targets=r".*norm/(scale|bias)")
+    c = glue(args)
+    c.variant = {"name": "full"}
+    return c
