@@ -118,14 +118,25 @@ def variant(config: ConfigDict) -> Variant | Full:
 
 
 def _variant(fields: dict[str, Any]) -> Variant | Full:
+    """A wrapper (DoRA) names the variant inside as `of`, 'none' for none; the hyperparameters that are not its own are
+    those of the one inside."""
     cls = choose("variant", fields.pop("name"), {**NAMES, "full": Full})
-    known = [field.name for field in dataclasses.fields(cls)]
+    settings = {field.name: field for field in dataclasses.fields(cls)}
+    of = settings.pop("of", None)
+    own = {name: fields.pop(name) for name in list(fields) if name in settings}
+    known = list(settings)
+    if of is not None:
+        plain = next(name for name, row in NAMES.items() if row is type(of.default))
+        inside = choose("of", fields.pop("of", plain), {**NAMES, "none": None})
+        names = [field.name for field in dataclasses.fields(inside)] if inside else []
+        known += names
+        inner = {name: fields.pop(name) for name in list(fields) if name in names}
+        own["of"] = inside(**inner) if inside else None
     for name in fields:
-        if name not in known:
-            there = ", ".join(known) or "none"
-            near = nearest(name, known)
-            raise ConfigError(f"variant {cls.__name__} has no hyperparameter {name!r}{near} It has: {there}")
-    return cls(**fields)
+        there = ", ".join(known) or "none"
+        raise ConfigError(f"variant {cls.__name__} has no hyperparameter {name!r}{nearest(name, known)} "
+                          f"It has: {there}")
+    return cls(**own)
 
 
 def rules(config: ConfigDict, model: Model) -> list[Rule]:

@@ -50,6 +50,7 @@ class Row(NamedTuple):
 
 LORA = {"A": (12, 4), "B": (4, 8)}
 ADALORA = {"A": (12, 4), "E": (4,), "B": (4, 8)}
+LOHA = {"A1": (12, 4), "B1": (4, 8), "A2": (12, 4), "B2": (4, 8)}
 NORMS = {"magnitude": (8,), "weight_norm": (8,)}
 VERA = {"A": (12, 4), "B": (4, 8), "d": (4,), "b": (8,)}
 
@@ -63,8 +64,10 @@ ROWS: dict[str, Row] = {
     "sora": Row("sora", "2311.11696", SoRA(rank=4, l1=0.1), LORA | {"g": (4,)}, penalised=True),
     "dora": Row("dora", "2402.09353", DoRA(LoRA(rank=4)), LORA | NORMS),
     "dora-full-gradient": Row("dora", "2402.09353", DoRA(LoRA(rank=4), detach=False), LORA | NORMS, in_model=False),
-    "dora-adalora": Row("dora", "2402.09353", DoRA(AdaLoRA(rank=4)), ADALORA | NORMS, penalised=True),
-    "loha": Row("loha", "2108.06098", LoHa(rank=4), {"A1": (12, 4), "B1": (4, 8), "A2": (12, 4), "B2": (4, 8)}),
+    "dora-adalora": Row("dora", "2402.09353", DoRA(AdaLoRA(rank=4)), ADALORA | NORMS, penalised=True, in_model=False),
+    "dora-loha": Row("dora", "2402.09353", DoRA(LoHa(rank=4)), LOHA | NORMS, in_model=False),
+    "dora-magnitude": Row("dora", "2402.09353", DoRA(None), NORMS, drawn=False, lr=0.1, in_model=False),
+    "loha": Row("loha", "2108.06098", LoHa(rank=4), LOHA),
     "loha-normal": Row("loha", "2309.14859", LoHa(rank=2, initializer="normal"),
                        {"A1": (12, 2), "B1": (2, 8), "A2": (12, 2), "B2": (2, 8)}, in_model=False),
     "lokr": Row("lokr", "2309.14859", LoKr(rank=1), {"W1": (3, 2), "A2": (4, 1), "B2": (1, 4)}),

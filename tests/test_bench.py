@@ -6,10 +6,11 @@ from experiments.bench import flops, setting, trace
 
 
 def test_flops_are_those_of_forward_activation_gradients_and_adapter_products() -> None:
-    counts = flops.measure(layers=12, width=64, ffn=256, heads=4, batch=4, tokens=16)
+    counts = flops.measure(layers=12, width=64, ffn=256, heads=4, batch=16, tokens=16)
     assert counts["lifted / ideal"] == pytest.approx(1.0, abs=0.05)
     assert counts["W + AB / ideal"] > 1.15  # the count sees a dense update where there is one
     assert counts["full / ideal"] > 1.15
+    assert 1.0 < counts["DoRA / LoRA"] < 1.05
 
 
 def test_identical_jitted_layers_stay_shared() -> None:

@@ -11,7 +11,7 @@ from tiny import glue_folder, model_folder
 
 import lorajax as lj
 from lorajax import build, config, control
-from lorajax.variants import bitfit, ia3, layernorm
+from lorajax.variants import AdaLoRA, DoRA, bitfit, ia3, layernorm
 from lorajax.variants import full as full_page
 
 
@@ -251,6 +251,26 @@ def test_errors_name_the_nearest(files, change, call, words):
         getattr(build, call)(*args)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_wrapper_shares_its_hyperparameters_with_what_it_wraps():
+    def made(arg="", *words):
+        return build.variant(config.parse([f"--config=configs/dora.py{arg}", *words]).config)
+
+    assert made(":rank=4", "--config.variant.detach=false") == DoRA(lj.LoRA(4, alpha=8.0, dropout=0.05), detach=False)
+    assert made(":of=adalora,rank=4") == DoRA(AdaLoRA(rank=4))
+    assert made(":of=none") == DoRA(None)
+    c = config.load("configs/dora.py")
+    with c.unlocked():
+        del c.variant["of"]  # LoRA if nothing is named
+    assert build.variant(c).of == lj.LoRA(8, alpha=16.0, dropout=0.05)
+    for name, value, words in (("of", "vrea", "unknown of 'vrea'"), ("rnak", 4, "no hyperparameter 'rnak'.*'rank'")):
+        with c.unlocked():
+            c.variant[name] = value
+        with pytest.raises(config.ConfigError, match=words):
+            build.variant(c)
+        with c.unlocked():
+            del c.variant[name]
 
 
 def test_targets_may_be_a_regex_and_must_match(files):

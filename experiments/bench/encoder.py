@@ -61,8 +61,8 @@ class Adapted(NamedTuple):
     frozen: Any
 
 
-def adapted(model: Encoder, rank: int) -> Adapted:
-    adapt = lj.adapt(lj.sites(model.loss, model.params, model.x), [(KERNEL, lj.LoRA(rank=rank))])
+def adapted(model: Encoder, rank: int, wrap: Callable[[lj.Variant], lj.Variant] = lambda lora: lora) -> Adapted:
+    adapt = lj.adapt(lj.sites(model.loss, model.params, model.x), [(KERNEL, wrap(lj.LoRA(rank=rank)))])
     trainable, frozen = adapt.init(jax.random.key(2), model.params)
     run = lj.lift(model.loss, strict=True)
     return Adapted(

@@ -1,4 +1,5 @@
 """FLOPs of value_and_grad by XLA's cost analysis: through adapters, through W + AB, of all parameters, and the ideal.
+And what DoRA adds to LoRA: its norms cost as much as `rank` tokens more in the forward pass, whatever the batch.
 
     python -m experiments.bench.flops [--json FILE]
 
@@ -17,6 +18,7 @@ import jax
 
 from experiments.bench.encoder import adapted, encoder
 from experiments.bench.setting import markdown, setting
+from lorajax.variants import DoRA
 
 # name: sizes. The first is like a small encoder on short texts; the second has few tokens and wide weights.
 CASES: dict[str, dict[str, int]] = {
@@ -60,7 +62,10 @@ def measure(rank: int = 8, **sizes: int) -> dict[str, float]:
         "W + AB": flops(jax.value_and_grad(tuned.merged), tuned.trainable, tuned.frozen, model.x),
         "full": flops(jax.value_and_grad(model.loss), model.params, model.x),
     }
-    return {**counts, **{f"{name} / ideal": count / counts["ideal"] for name, count in counts.items()}}
+    dora = adapted(model, rank, DoRA)
+    ratio = flops(jax.value_and_grad(dora.lifted), dora.trainable, dora.frozen, model.x) / counts["lifted"]
+    return {**counts, **{f"{name} / ideal": count / counts["ideal"] for name, count in counts.items()},
+            "DoRA / LoRA": ratio}
 
 
 def main() -> None:

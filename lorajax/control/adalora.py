@@ -36,7 +36,7 @@ class AdaLoRAState(NamedTuple):
 def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial: int = 0, t_final: int = 0,
             delta_t: int = 1, beta1: float = 0.85, beta2: float = 0.85, timing: str = "peft",
             of_steps: int = 0) -> Controller:
-    """The controller for the AdaLoRA sites of `adapt`; other sites pass through.
+    """The controller for the AdaLoRA sites of `adapt`, also those inside DoRA; other sites pass through.
 
     total_steps: optimizer steps of the whole run. target_rank: final average rank of a matrix.
     t_initial: steps before the budget falls. t_final: steps at the end with the final pattern. delta_t: steps between
@@ -51,7 +51,7 @@ def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial
     Raises ValueError for a schedule that does not fit the run, and, when `init` sees the shapes, for a target above the
     initial ranks or below one triplet per matrix.
     """
-    paths = [path for path, variant in adapt.plan.items() if isinstance(variant, AdaLoRA)]
+    paths = [path for path, variant in adapt.plan.items() if isinstance(getattr(variant, "inner", None), AdaLoRA)]
     if not paths:
         found = sorted({type(variant).__name__ for variant in adapt.plan.values()})
         raise ValueError(f"the AdaLoRA controller found no AdaLoRA site; the rules made {', '.join(found) or 'none'}: "
@@ -79,14 +79,15 @@ def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial
         return budget_schedule(total_steps, t_initial, t_final, sum(sizes), target)
 
     def init(trainable: Any) -> AdaLoRAState:
-        zeros = {path: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable[path]) for path in paths}
+        zeros = {path: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), triplets(trainable[path]))
+                 for path in paths}
         kept = {path: jnp.ones(trainable[path].E.shape, bool) for path in paths}
         return AdaLoRAState(jnp.int32(0), jnp.int32(table(trainable)[0]), zeros, jax.tree.map(jnp.copy, zeros), kept)
 
     def update(grads: Any, old: Any, new: Any, state: AdaLoRAState) -> tuple[Any, AdaLoRAState]:
         t = state.step
         budgets = table(new)
-        sensitivity = {path: jax.tree.map(_sensitivity, new[path], grads[path]) for path in paths}
+        sensitivity = {path: jax.tree.map(_sensitivity, triplets(new[path]), triplets(grads[path])) for path in paths}
         mean, deviation = moving_averages(sensitivity, state.mean, state.deviation, beta1, beta2)
         frozen = t >= start
         mean, deviation = jax.tree.map(lambda stopped, moving: jnp.where(frozen, stopped, moving),
@@ -140,6 +141,11 @@ def keep_largest(scores: dict[str, jax.Array], budget: jax.Array) -> dict[str, j
     k = ordered.size - budget
     threshold = ordered[jnp.maximum(k - 1, 0)]
     return {path: (x > threshold) | (k <= 0) for path, x in scores.items()}
+
+
+def triplets(adapter: Any) -> AdaLoRAAdapter:
+    """The A, E, B of an AdaLoRA site or of a wrapped one."""
+    return AdaLoRAAdapter(adapter.A, adapter.E, adapter.B)
 
 
 def _sensitivity(w: jax.Array, g: jax.Array) -> jax.Array:

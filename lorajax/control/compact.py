@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lorajax.control.dylora import rank_masks
 from lorajax.core.adapt import Adapt, adapt
 from lorajax.core.variant import Full, Variant
-from lorajax.variants.adalora import AdaLoRA, AdaLoRAAdapter
+from lorajax.variants.adalora import AdaLoRA
+from lorajax.variants.dora import DoRA
 from lorajax.variants.lora import LoRA, LoRAAdapter
 from lorajax.variants.sora import SoRA
 
@@ -24,20 +25,24 @@ def compact(adapted: Adapt, trainable: dict[str, Any]) -> tuple[Adapt, dict[str,
 
     The frozen partition serves both. The scale stays that of the initial rank: `AdaLoRA.init_rank`, and in what SoRA
     becomes, plain LoRA with ``A diag(g)`` for A, an alpha that is lower in proportion to the rank. A site without a
-    component left loses its adapter; the layers of a stacked site keep one common rank, the largest, filled up with
-    components that are 0. Needs concrete arrays: call it outside of jit. ValueError if nothing at all is left.
+    component left loses its adapter (AdaLoRA inside DoRA keeps one, since the magnitude stays); the layers of a stacked
+    site keep one common rank, the largest, filled up with components that are 0. Needs concrete arrays: call it outside
+    of jit. ValueError if nothing at all is left.
     """
 
     def smaller(path: str, variant: Any, adapter: Any) -> tuple[Any, Any] | None:
-        if not isinstance(variant, AdaLoRA | SoRA):
+        inner = variant.inner if isinstance(variant, DoRA) else variant
+        if not isinstance(inner, AdaLoRA) and not isinstance(variant, SoRA):
             return variant, adapter
-        weights = adapter.E if isinstance(variant, AdaLoRA) else adapter.g
-        rank = int((weights != 0).sum(-1).max())
+        weights = adapter.E if isinstance(inner, AdaLoRA) else adapter.g
+        rank = max(int((weights != 0).sum(-1).max()), int(isinstance(variant, DoRA)))
         if not rank:
             return None
         a, kept, b = _first(adapter.A, weights, adapter.B, rank)
-        if isinstance(variant, AdaLoRA):
-            return replace(variant, rank=rank, init_rank=variant.init_rank or variant.rank), AdaLoRAAdapter(a, kept, b)
+        if isinstance(inner, AdaLoRA):
+            inner = replace(inner, rank=rank, init_rank=inner.init_rank or inner.rank)
+            shrunk = replace(variant, of=inner) if isinstance(variant, DoRA) else inner
+            return shrunk, adapter._replace(A=a, E=kept, B=b)
         plain = LoRA(rank=rank, alpha=variant.alpha * rank / variant.rank, dropout=variant.dropout)
         return plain, LoRAAdapter(a * kept[..., None, :], b)
 

@@ -208,15 +208,19 @@ def conv(eqn, x, node) -> jax.Array:
     out_dim, in_dim, *window = numbers.rhs_spec
     channel = numbers.out_spec[1]
     reads = {in_dim, *window}
-    if any(t.g is not None and (t.key is not None or reads.intersection(t.g.dims)) for t in node.terms):
-        raise Decline("a scale on a convolution with dropout, or along its window")
+    if any(t.g is not None and reads.intersection(t.g.dims) for t in node.terms):
+        raise Decline("a scale along the window of a convolution")
     y = compat.bind(eqn, [x, node.w])[0]
     result: tuple[int, ...] = tuple(out_dim if i == channel else FREE + i for i in range(jnp.ndim(x)))
-    x, scales, _ = _split_scales(node, Labelled(x, tuple(FREE + i for i in range(jnp.ndim(x)))), reads, result)
+    x, scales, redo = _split_scales(node, Labelled(x, tuple(FREE + i for i in range(jnp.ndim(x)))), reads, result)
     if scales is not None:
         y = scale(y, scales)
     how = {"precision": eqn.params["precision"]}
-    for term in map(unrouted, node.terms):
+    for term in node.terms:
+        xt = dropped(term, x) if (term.a is not None or term in redo) else x
+        if term in redo:  # as in dot_general
+            y = y + scale(compat.bind(eqn, [xt.array, node.w])[0], term.g.spread(result) - 1)
+        term = unrouted(term)
         if term.a is None or term.b is None:
             continue
         a, b = (term.a, term.b) if reads.intersection(term.a.dims) else (term.b, term.a)
@@ -230,7 +234,7 @@ def conv(eqn, x, node) -> jax.Array:
         if groups > 1:
             kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
         params = dict(eqn.params, preferred_element_type=None)
-        hidden = term.scaled(eqn.primitive.bind(dropped(term, x).array, kernel, **params))
+        hidden = term.scaled(eqn.primitive.bind(xt.array, kernel, **params))
         hidden = hidden.reshape(*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1:])
         b_array = Factor(b.array, b.dims).spread((out_dim, RANK)).reshape(groups, -1, rank)
         d = lax.dot_general(hidden, b_array, (((channel + 1,), (2,)), ((channel,), (0,))), **how)
