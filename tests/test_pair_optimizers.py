@@ -15,7 +15,7 @@ from lorajax import optim
 from lorajax.optim.lora_pro import adjusted, sylvester
 from lorajax.optim.pairs import Factors, gram_inverse, pairs
 from lorajax.optim.riemannian import riemannian
-from lorajax.variants import AdaLoRA, LoRA
+from lorajax.variants import AdaLoRA, DoRA, HiRA, LoRA
 
 IN, OUT, R = 12, 9, 2
 WEIGHTS = {"q": (IN, OUT), "layers": (3, OUT, OUT), "ada": (OUT, OUT), "head": (OUT, 2)}
@@ -79,6 +79,10 @@ def walk(tx: optax.GradientTransformation, start: Any, grads: list[Any]) -> list
 
 
 def test_pairs_are_found_by_leaf_table_with_each_sites_scale() -> None:
+    w = {"d": jnp.ones((4, 4)), "h": jnp.ones((4, 4))}
+    sites = lj.sites(lambda p, x: x @ p["d"] @ p["h"], w, jnp.ones((2, 4)))
+    wrapped = pairs(lj.adapt(sites, [("d", DoRA(LoRA(rank=2, alpha=3.0))), ("h", HiRA(rank=2))]))
+    assert {path: tuple(p) for path, p in wrapped.items()} == {"d": ("A", "B", 1.5)}
     found = pairs(setting()[0])
     assert {path: (p.a, p.b, p.scale) for path, p in found.items()} == {"q": ("A", "B", 0.5), "layers": ("A", "B", 2.0)}
 
@@ -87,7 +91,7 @@ def test_pairs_are_found_by_leaf_table_with_each_sites_scale() -> None:
 def test_no_pair_is_an_error(name: str) -> None:
     w = {"w": jnp.ones((4, 4))}
     sites = lj.sites(lambda p, x: x @ p["w"], w, jnp.ones((2, 4)))
-    with pytest.raises(ValueError, match=r"no site has a trained pair \(A, B\); the rules made AdaLoRA: adapt"):
+    with pytest.raises(ValueError, match=r"no site has a trained pair .* s A B; the rules made AdaLoRA: adapt at"):
         optim.NAMES[name](1e-3, adapt=lj.adapt(sites, [("w", AdaLoRA(rank=2))]), weight_decay=0.0)
     with pytest.raises(ValueError, match=r"no site has a trained pair"):
         optim.NAMES[name](1e-3, adapt=lj.adapt(sites, [("w", LoRA(rank=2, freeze_a=True))]), weight_decay=0.0)

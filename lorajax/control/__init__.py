@@ -18,6 +18,7 @@ from lorajax.control.importance import (
     stable_rank,
 )
 from lorajax.control.ranks import allocate, with_ranks
+from lorajax.control.reduce import ReduceState, reduce
 from lorajax.control.relora import ReLoRAState, relora
 from lorajax.control.sora import sora
 
@@ -26,13 +27,14 @@ NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
     "adalora": adalora,
     "dylora": dylora,
     "relora": relora,
+    "reduce": reduce,
     "sora": sora,
 })
 """Name -> ``(adapt, *, total_steps, **settings) -> Controller``. One that has a parameter `learning_rate` or `seed` is
 told the run's."""
 
 __all__ = [
-    "NAMES", "AdaLoRAState", "Controller", "ReLoRAState", "Restart", "adalora", "allocate", "budget_schedule",
-    "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance", "rank_masks", "relora",
-    "smoothed_sensitivity", "sora", "spectra", "stable_rank", "truncate", "with_ranks",
+    "NAMES", "AdaLoRAState", "Controller", "ReLoRAState", "ReduceState", "Restart", "adalora", "allocate",
+    "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance", "rank_masks",
+    "reduce", "relora", "smoothed_sensitivity", "sora", "spectra", "stable_rank", "truncate", "with_ranks",
 ]

@@ -31,10 +31,6 @@ def lora_pro(learning_rate: optax.ScalarOrSchedule, *, adapt: Any, weight_decay:
     if not delta > 0:
         raise ValueError(f"delta={delta} must be positive: B B^T is 0 at the start, and only delta makes it invertible")
     where = pairs(adapt)
-    for path, pair in where.items():
-        if pair.scale is None:
-            raise ValueError(f"{path}: {type(adapt.plan[path]).__name__} has no scale s, which LoRA-Pro divides by: "
-                             f"use LoRA there, or another optimizer")
     plain = adamw(learning_rate, weight_decay, b1, b2, eps)
     if moments == "factors":
         return optax.chain(map_pairs(where, lambda pair, w, g: adjusted(w, g, pair.scale, delta)), plain)

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorajax.variants.lora import LoRA
+
 
 class Pair(NamedTuple):
-    """a, b: field names of A and B in the site's adapter. scale: s in front of A B, None where the variant has none."""
+    """a, b: field names of A and B in the site's adapter. scale: s in front of A B."""
 
     a: str
     b: str
-    scale: float | jax.Array | None
+    scale: float | jax.Array
 
 
 class Factors(NamedTuple):
@@ -30,23 +32,22 @@ class Factors(NamedTuple):
 
 
 def pairs(adapt: Any) -> dict[str, Pair]:
-    """site path -> its pair, read off the leaf tables: one trained A (in, rank), one trained B (rank, out), and no
-    third array with a rank axis between them (AdaLoRA's E, a gate); nor a site whose A gets no gradient (LoRA-FA).
+    """site path -> its pair, by labels `a` and `b` of the leaf table: LoRA's, also inside DoRA, where the gradients
+    have the same form. Not those of other variants, whose update is another function of A and B (AdaLoRA, DeLoRA,
+    HiRA), nor one whose A gets no gradient (LoRA-FA).
 
     ValueError if there is none.
     """
     found = {}
     for path, variant in adapt.plan.items():
-        trained = {name: leaf for name, leaf in variant.leaves.items() if leaf.trainable}
-        ranked = {leaf.axes: name for name, leaf in trained.items() if "rank" in leaf.axes}
-        alone = sum("rank" in leaf.axes for leaf in trained.values()) == 2
-        inner = getattr(variant, "inner", variant)  # DoRA's: the gradient of the wrapped update has the same form
-        if alone and set(ranked) == {("in", "rank"), ("rank", "out")} and not getattr(inner, "freeze_a", False):
-            found[path] = Pair(ranked["in", "rank"], ranked["rank", "out"], getattr(inner, "scale", None))
+        inner = getattr(variant, "inner", variant)
+        if isinstance(inner, LoRA) and not inner.freeze_a:
+            names = {leaf.label: name for name, leaf in variant.leaves.items() if leaf.trainable}
+            found[path] = Pair(names["a"], names["b"], inner.scale)
     if not found:
         kinds = sorted({type(variant).__name__ for variant in adapt.plan.values()})
-        raise ValueError(f"no site has a trained pair (A, B); the rules made {', '.join(kinds) or 'none'}: adapt at "
-                         f"least one path with LoRA or another variant of the form s A B, or use the optimizer 'adamw'")
+        raise ValueError(f"no site has a trained pair (A, B) of an update s A B; the rules made "
+                         f"{', '.join(kinds) or 'none'}: adapt at least one path with LoRA, or use 'adamw'")
     return found
 
 
