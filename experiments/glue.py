@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
     found = build.load_data(c)
     model = build.load_model(c, found.task, head_key)
-    batches = build.batches(c, found, model.folder)
+    batches = build.batches(c, build.tokens(c, found, model.folder))
     total = build.total_steps(c, len(batches["train"]))
 
     # What is adapted: decided by rules on the traced model, shown before anything is computed.

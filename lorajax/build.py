@@ -73,10 +73,14 @@ def _some(examples: data.Examples, count: int) -> data.Examples:
     return data.Examples(tuple([column[row] for row in rows] for column in examples.texts), examples.labels[rows])
 
 
-def batches(config: ConfigDict, found: Data, folder: Path) -> dict[str, data.Batches]:
-    """Tokenised batches of every split, padded to the same `config.shapes` lengths; 'train' is shuffled by the seed."""
+def tokens(config: ConfigDict, found: Data, folder: Path) -> dict[str, data.Tokens]:
+    """Every split tokenised, cut to `config.max_length`."""
     tokenizer = data.load_tokenizer(folder)
-    tokens = {name: data.tokenize(split, tokenizer, config.max_length) for name, split in found.splits.items()}
+    return {name: data.tokenize(split, tokenizer, config.max_length) for name, split in found.splits.items()}
+
+
+def batches(config: ConfigDict, tokens: dict[str, data.Tokens]) -> dict[str, data.Batches]:
+    """Batches of every split, padded to the same `config.shapes` lengths; 'train' is shuffled by the seed."""
     every = np.concatenate([t.lengths for t in tokens.values()])
     lengths = data.bucket_lengths(every, config.shapes, config.batch)
     evaluation = {

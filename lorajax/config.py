@@ -36,12 +36,13 @@ class Launch(NamedTuple):
     """A parsed command line.
 
     config: locked ConfigDict. name: of the config with its arguments and overrides, fit for a folder, without the seed,
-    which has a folder of its own. options: the script's own flags, typed by their defaults.
+    which has a folder of its own. options: the script's own flags, typed by their defaults. words: as they were given.
     """
 
     config: ConfigDict
     name: str
     options: dict[str, Any]
+    words: tuple[str, ...] = ()
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -183,7 +184,7 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
         override(config, name, text)
     file = spec.partition(":")[0]
     name = run_name(Path(file).stem, flatten(load(file)), before, flatten(config))
-    return Launch(config.lock(), name, out)
+    return Launch(config.lock(), name, out, tuple(argv))
 
 
 def run_name(stem: str, default: Mapping[str, Any], built: Mapping[str, Any], final: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def parse(files, name="lora", arg="", *words):
 def adapted(c):
     found = build.load_data(c)
     model = build.load_model(c, found.task, jax.random.key(0))
-    batches = build.batches(c, found, model.folder)
+    batches = build.batches(c, build.tokens(c, found, model.folder))
     batch = batches["train"].batch(0, 0)
     sites = lj.sites(model.net.apply, model.variables, batch["input_ids"])
     return found, model, batches, lj.adapt(sites, build.rules(c, model))

@@ -14,7 +14,7 @@ from lorajax import control, optim
 from lorajax.core.adapt import Frozen
 from lorajax.train.pack import Parts, make_packed_eval, make_packed_step, pack, unpack, widen
 from lorajax.train.step import init_state, make_step
-from lorajax.variants import AdaLoRA, DoRA
+from lorajax.variants import AdaLoRA, DoRA, VeRA
 
 STEPS = 50
 RUNS = [{"lr": 1e-2, "alpha": 4.0, "decay": 0.0, "seed": 0}, {"lr": 3e-3, "alpha": 8.0, "decay": 0.1, "seed": 1},
@@ -27,6 +27,7 @@ METHODS: dict[str, Any] = {
     "lora": lambda alpha: lj.LoRA(rank=4, alpha=alpha, dropout=0.1),
     "dora": lambda alpha: DoRA(of=lj.LoRA(rank=4, alpha=alpha)),
     "adalora": lambda alpha: AdaLoRA(rank=4, alpha=alpha),
+    "vera": lambda alpha: VeRA(rank=4),
 }
 
 
@@ -157,8 +158,8 @@ def test_the_base_is_held_once_and_the_runs_spread_over_devices_without_talking(
     mesh = jax.make_mesh((8,), ("trial",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def place(tree: Any) -> Any:
-        if hasattr(tree, "base"):
-            return tree._replace(base=put(tree.base), state=put(tree.state, "trial"), values=put(tree.values, "trial"))
+        if hasattr(tree, "common"):
+            return type(tree)(put(tree.state, "trial"), put(tree.common), *put((tree.own, tree.values), "trial"))
         return put(tree, "trial")
 
     def put(tree: Any, *axis: str) -> Any:
@@ -167,11 +168,11 @@ def test_the_base_is_held_once_and_the_runs_spread_over_devices_without_talking(
     spread, losses = together("lora", runs, place=place)
     np.testing.assert_allclose(losses, together("lora", runs)[1], rtol=1e-5, atol=1e-6)
     assert spread.state.trainable["up"].A.sharding.spec[0] == "trial"
-    assert {x.shape for x in spread.base.values()} == {(8, 16), (16, 4)}
+    assert {x.shape for x in spread.common.base.values()} == {(8, 16), (16, 4)}
     step = make_packed_step(lambda values: parts("lora", values))
     batches = jax.tree.map(lambda *xs: jnp.stack(xs), *[batch(run, 0) for run in runs])
     spread_batches, active = put((batches, jnp.ones(8, bool)), "trial")
-    program = step.jitted.lower(spread.state, spread.base, spread.aux, spread.values, spread_batches, active)
+    program = step.jitted.lower(spread.state, spread[1:], spread_batches, active)
     text = program.compile().as_text()
     assert not [word for word in ("all-reduce", "all-gather", "collective-permute", "all-to-all") if word in text]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lorajax.control.controller import Controller
@@ -33,11 +34,15 @@ Make = Callable[[Mapping[str, jax.Array]], Parts]
 
 
 class Pack(NamedTuple):
-    """K runs side by side. state, aux, values: each array has a leading axis of K. base: shared, path -> array."""
+    """K runs side by side. state, own, values: each array has a leading axis of K. common: what all runs read.
+
+    common, own: the frozen partition in two. The base is common, and so is what sites share (VeRA's projections) where
+    every run drew the same; the frozen arrays of the adapters are each run's own.
+    """
 
     state: TrainState
-    base: dict[str, jax.Array]
-    aux: dict[str, Any]
+    common: Frozen
+    own: Frozen
     values: dict[str, jax.Array]
 
 
@@ -57,7 +62,9 @@ def pack(members: Sequence[tuple[TrainState, Frozen, Mapping[str, float]]]) -> P
     if any(shape != shapes[0] for shape in shapes[1:]):
         raise ValueError("the runs of a pack need adapters of the same shapes: pad smaller ranks with `widen`")
     numbers = {name: jnp.asarray([float(v[name]) for v in values], jnp.float32) for name in values[0]}
-    return Pack(_stack(states), base, _stack([f.aux for f in frozen]), numbers)
+    alike = all(jax.tree.all(jax.tree.map(np.array_equal, f.shared, frozen[0].shared)) for f in frozen)
+    own = _stack([Frozen({}, f.aux, {} if alike else f.shared) for f in frozen])
+    return Pack(_stack(states), Frozen(base, {}, frozen[0].shared if alike else {}), own, numbers)
 
 
 def unpack(tree: Any, index: int) -> Any:
@@ -67,7 +74,7 @@ def unpack(tree: Any, index: int) -> Any:
 
 def make_packed_step(
     make: Make, *, clip: float | None = 1.0, accumulate: int = 1, steps_per_call: int = 1
-) -> Callable[[Pack, Any, jax.Array], tuple[Pack, dict[str, jax.Array]]]:
+) -> Callable[[Pack, Any, Any], tuple[Pack, dict[str, jax.Array]]]:
     """A jitted ``(pack, batches, active) -> (pack, metrics)`` of `make_step`'s arithmetic for every run at once.
 
     batches: as for `make_step`, with one more leading axis of K. active: (K,) bool; a run that is not active keeps its
@@ -75,38 +82,39 @@ def make_packed_step(
     still and touches no other.
     """
 
-    def member(state: TrainState, base: Any, aux: Any, values: Any, batch: Any, active: jax.Array) -> Any:
+    def member(state: TrainState, common: Frozen, own: Frozen, values: Any, batch: Any, active: jax.Array) -> Any:
         loss, adapt, tx, controller = make(values)
         one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate)
         run = one if steps_per_call == 1 else repeated(one, steps_per_call)
-        after, metrics = run(state, Frozen(base, aux), batch)
+        after, metrics = run(state, _whole(common, own), batch)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
 
     together = jax.vmap(member, in_axes=(0, None, 0, 0, 0, 0))
 
-    def step(state: Any, base: Any, aux: Any, values: Any, batch: Any, active: jax.Array) -> Any:
-        return together(state, base, aux, values, batch, active)
+    def step(state: Any, rest: Any, batches: Any, active: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        common, own, values = rest
+        return together(state, common, own, values, batches, active)
 
     jitted = jax.jit(step, donate_argnums=0)
 
-    def run(pack: Pack, batches: Any, active: jax.Array) -> tuple[Pack, dict[str, jax.Array]]:
-        state, metrics = jitted(pack.state, pack.base, pack.aux, pack.values, batches, active)
+    def run(pack: Pack, batches: Any, active: Any) -> tuple[Pack, dict[str, jax.Array]]:
+        state, metrics = jitted(pack.state, pack[1:], batches, active)
         return pack._replace(state=state), metrics
 
-    run.jitted = jitted  # type: ignore[attr-defined]  # to lower and to measure
+    run.jitted = jitted  # type: ignore[attr-defined]  # (state, the rest of the pack, batches, active), to lower
     return run
 
 
 def make_packed_eval(predict: Callable[[Any, Any], Any], make: Make) -> Callable[..., Any]:
     """A jitted ``(pack, batch, masks=None) -> predictions``, (K, ...): every run on the same batch, without dropout."""
 
-    def member(trainable: Any, base: Any, aux: Any, values: Any, batch: Any, masks: Any) -> Any:
-        return predict(make(values).adapt.bind(trainable, Frozen(base, aux), masks=masks), batch)
+    def member(trainable: Any, common: Frozen, own: Frozen, values: Any, batch: Any, masks: Any) -> Any:
+        return predict(make(values).adapt.bind(trainable, _whole(common, own), masks=masks), batch)
 
     together = jax.jit(jax.vmap(member, in_axes=(0, None, 0, 0, None, 0)))
 
     def evaluate(pack: Pack, batch: Any, masks: Any = None) -> Any:
-        return together(pack.state.trainable, pack.base, pack.aux, pack.values, batch, masks)
+        return together(pack.state.trainable, pack.common, pack.own, pack.values, batch, masks)
 
     return evaluate
 
@@ -124,6 +132,10 @@ def widen(adapter: Any, leaves: Mapping[str, Any], rank: int) -> Any:
         return jnp.pad(x, [(0, n) for n in (*[0] * lead, *more)])
 
     return adapter._replace(**{name: wide(name, x) for name, x in adapter._asdict().items()})
+
+
+def _whole(common: Frozen, own: Frozen) -> Frozen:
+    return Frozen(common.base, own.aux, common.shared or own.shared)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

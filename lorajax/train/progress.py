@@ -53,6 +53,11 @@ class Progress:
         if now - self._drawn >= self._every or self.done >= self.total:
             self._draw(now, shown)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this process began."""
+        return self._clock() - self._start
+
     def write(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
         if self._bar is None:

@@ -1,0 +1,65 @@
+"""Grids, and which of their runs share a program."""
+
+import pytest
+
+from lorajax import config
+from lorajax.sweep import chain, each, fixed, groups, launch, load_study, part, product, words, zipit
+
+
+def test_grids() -> None:
+    assert each("lr", [1, 2]) == [{"lr": 1}, {"lr": 2}]
+    assert product(each("a", [1, 2]), each("b", [3, 4]), fixed(c=5)) == [
+        {"a": 1, "b": 3, "c": 5}, {"a": 1, "b": 4, "c": 5}, {"a": 2, "b": 3, "c": 5}, {"a": 2, "b": 4, "c": 5}]
+    assert zipit(each("a", [1, 2]), each("b", [3, 4])) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    assert chain(fixed(a=1), each("a", [2, 3])) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    with pytest.raises(config.ConfigError, match=r"grids of one length, these have 2, 1 trials.*product"):
+        zipit(each("a", [1, 2]), fixed(b=1))
+    with pytest.raises(config.ConfigError, match="two grids set a"):
+        product(fixed(a=1), fixed(a=2, b=3))
+
+
+def test_a_trial_is_a_command_line() -> None:
+    trial = {"config": "lora", "arg.task": "rte", "arg.rank": 4, "lr": 2e-3, "seed": 3}
+    assert words(trial) == ["--config=configs/lora.py:task=rte,rank=4", "--config.lr=0.002", "--config.seed=3"]
+    one = launch(trial)
+    assert (one.config.variant.rank, one.config.lr, one.config.seed) == (4, 2e-3, 3)
+    assert one.name == config.parse(words(trial)).name == "lora,rank=4,task=rte,lr=0.002"
+    with pytest.raises(config.ConfigError, match="names no config"):
+        words({"lr": 1})
+    with pytest.raises(config.ConfigError, match=r"--config.ler.*did you mean 'lr'"):
+        launch({"config": "lora", "ler": 1})
+
+
+def test_runs_that_differ_in_numbers_alone_share_a_program() -> None:
+    grid = product(each("config", ["lora"]), each("arg.rank", [4, 8]), each("lr", [1e-3, 2e-3]), each("seed", [0, 1]))
+    launches = [launch(trial) for trial in grid]
+    found = groups(launches, ["lr", "seed", "weight_decay"], size=3)
+    assert [len(g.launches) for g in found] == [3, 1, 3, 1]
+    assert [g.differ for g in found] == [("lr", "seed"), (), ("lr", "seed"), ()]
+    assert {g.launches[0].config.variant.rank for g in found[:2]} == {4}
+    assert len(groups(launches, ["lr", "seed", "variant.rank", "args.rank"], size=8)) == 1
+    with pytest.raises(config.ConfigError, match=r"no key 'sed'.*did you mean 'seed'"):
+        groups(launches, ["sed"], 1)
+    with pytest.raises(config.ConfigError, match="a pack of 0 runs"):
+        groups(launches, ["lr"], 0)
+
+
+def test_slices_cover_a_study_once() -> None:
+    trials = list(range(10))
+    slices = [part(trials, f"{i}/3") for i in range(3)]
+    assert sorted(trial for one in slices for trial in one) == trials
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+    for bad in ("3/3", "1", "a/b", "-1/2", "1/0"):
+        with pytest.raises(config.ConfigError, match="is not i/n"):
+            part(trials, bad)
+
+
+def test_studies() -> None:
+    trials = load_study("configs/studies/rank_sweep.py")
+    assert len(trials) == 2 * 7 * 3 * 3
+    assert len({tuple(sorted(t.items())) for t in trials}) == len(trials)
+    scales = {launch(t).config.variant.alpha / (8**0.5 if launch(t).config.variant.rslora else 8)
+              for t in trials if t["arg.rank"] == 8}
+    assert max(scales) - min(scales) < 1e-6
+    with pytest.raises(config.ConfigError, match="is not a study"):
+        load_study("configs/lora.py")

@@ -1,0 +1,126 @@
+"""A study end to end on a tiny model: packed runs leave what the same runs leave alone, and resume exactly."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import glue_folder, model_folder
+
+from experiments import glue, sweep
+from lorajax import config
+from lorajax.train.run import EXIT_INTERRUPTED
+
+STUDY = '''
+from ml_collections import ConfigDict
+from lorajax.sweep import each, fixed, product, zipit, chain
+
+def get_config(arg=None):
+    where = fixed(**{{"arg.task": "sst2", "arg.model": "{model}", "data": "{data}", "max_length": 16, "batch": 8,
+                     "eval_batch": 16, "epochs": 2.0, "log_every": 1, "shapes": 2, "dropout": 0.1, "probe": False}})
+    lora = product(each("config", ["lora"]), each("arg.rank", [2, 3]),
+                   zipit(each("lr", [1e-2, 3e-2]), each("seed", [0, 1]), each("variant.dropout", [0.1, 0.0])))
+    bad = fixed(**{{"config": "lora", "arg.rank": 2, "lr": 1e30, "seed": 2}})
+    trials = product(where, chain(lora, bad, {more}))
+    return ConfigDict({{"trials": trials}})
+'''
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: Any) -> Any:
+    root = tmp_path_factory.mktemp("study")
+    model, data = model_folder(root / "model"), glue_folder(root / "data")
+    more = 'each("config", ["full"])'
+    (root / "study.py").write_text(STUDY.format(model=model, data=data, more=more))
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(files: Any) -> Path:
+    sweep.main([f"--config={files / 'study.py'}", f"--workdir={files / 'packed'}"])
+    return files / "packed"
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_packed_run_leaves_what_the_run_alone_leaves(files: Any, runs: Path) -> None:
+    summaries = sorted(runs.rglob("summary.json"))
+    assert len(summaries) == 5
+    packed = [s for s in summaries if "packed_with" in s.read_text()]
+    assert len(packed) == 4
+    for summary in packed[:2]:
+        folder = summary.parent
+        c = json.loads((folder / "config.json").read_text())["config"]
+        words = [f"--config=configs/lora.py:task=sst2,model={files / 'model'},rank={c['variant']['rank']}",
+                 f"--config.variant.dropout={c['variant']['dropout']}",
+                 *[f"--config.{k}={c[k]}" for k in ("data", "max_length", "batch", "eval_batch", "epochs", "log_every",
+                                                     "shapes", "dropout", "probe", "lr", "seed")]]  # fmt: skip
+        glue.main([*words, f"--workdir={files / 'alone'}"])
+        alone = files / "alone" / folder.relative_to(runs)
+        assert {p.name for p in folder.iterdir()} - {".lock"} >= {"config.json", "metrics.jsonl", "adapter"}
+        got, want = rows(folder), rows(alone)
+        assert [row.keys() for row in got] == [row.keys() for row in want]
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
+        ours, theirs = json.loads(summary.read_text()), json.loads((alone / "summary.json").read_text())
+        assert ours["scores"] == theirs["scores"]
+        for key in ("best_step", "trainable_parameters", "name", "seed", "steps"):
+            assert ours[key] == theirs[key]
+
+
+def test_a_diverged_run_is_recorded_and_the_others_finish(runs: Path) -> None:
+    (failed,) = runs.rglob("failed.json")
+    assert "not finite" in failed.read_text()
+    assert failed.parent.name == "seed=2"
+
+
+def test_what_is_finished_is_skipped(files: Any, runs: Path, capsys: Any) -> None:
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("summary.json")}
+    sweep.main([f"--config={files / 'study.py'}", f"--workdir={runs}"])
+    out = capsys.readouterr().out
+    assert "6 runs, 6 of them finished; 0 to train in 0 programs" in out
+    assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("summary.json")}
+
+
+def test_an_interrupted_pack_goes_on_as_if_it_had_not_been(files: Any, runs: Path, monkeypatch: Any) -> None:
+    cut = files / "cut"
+    study = files / "short.py"
+    study.write_text((files / "study.py").read_text().replace(', each("config", ["full"])', ""))
+    counted = []
+    real = sweep.score
+
+    def stopping(*args: Any) -> Any:
+        counted.append(1)
+        if len(counted) == 1:
+            import os
+            import signal
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(sweep, "score", stopping)
+    with pytest.raises(SystemExit) as left:
+        sweep.main([f"--config={study}", f"--workdir={cut}"])
+    assert left.value.code == EXIT_INTERRUPTED
+    assert not list(cut.rglob("summary.json"))
+    sweep.main([f"--config={study}", f"--workdir={cut}"])
+    for summary in cut.rglob("summary.json"):
+        folder = summary.parent
+        whole = runs / folder.relative_to(cut)
+        assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+        assert json.loads(summary.read_text())["scores"] == json.loads((whole / "summary.json").read_text())["scores"]
+    shutil.rmtree(cut)
+
+
+def test_the_plan_comes_first_and_mistakes_are_named(files: Any, capsys: Any) -> None:
+    sweep.main([f"--config={files / 'study.py'}", f"--workdir={files / 'none'}", "--dry-run", "--slice=0/2"])
+    out = capsys.readouterr().out
+    assert "3 runs, 0 of them finished; 3 to train in" in out
+    assert not list((files / "none").rglob("*"))
+    with pytest.raises(config.ConfigError, match=r"unknown flag --pak: did you mean '--pack'"):
+        sweep.main(["--pak=3"])
+    with pytest.raises(config.ConfigError, match="no study given"):
+        sweep.main([])
