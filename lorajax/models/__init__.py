@@ -5,6 +5,7 @@ from lorajax.models import bert_checkpoint, llama_checkpoint  # noqa: F401
 from lorajax.models.bert import Bert
 from lorajax.models.bert_config import BertConfig
 from lorajax.models.checkpoint import Loaded, hf_modules, hf_names, params_from_hf, params_to_hf
+from lorajax.models.deberta import Deberta, DebertaConfig
 from lorajax.models.families import FAMILIES, model_from_hf
 from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
@@ -21,6 +22,8 @@ __all__ = [
     "T5",
     "Bert",
     "BertConfig",
+    "Deberta",
+    "DebertaConfig",
     "GPT2Config",
     "Llama",
     "LlamaConfig",

@@ -46,3 +46,13 @@ def next_positions(cache: Cache, tokens: int) -> jax.Array:
     """Positions (B, tokens) of the last `tokens` slots in use: the row's real tokens are counted, padding is not."""
     counts = jnp.maximum(jnp.cumsum(cache.mask, axis=1, dtype=jnp.int32) - 1, 0)
     return jax.lax.dynamic_slice_in_dim(counts, cache.used - tokens, tokens, axis=1)
+
+
+def gather_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """The cache with row i being row `rows[i]` of before; more or fewer rows than before are allowed."""
+
+    def take(leaf: jax.Array) -> jax.Array:
+        return jnp.take(leaf, rows, axis=leaf.ndim - 4)  # a layer axis may lead: (L, B, S, K, H) or (B, S, K, H)
+
+    source_mask = None if cache.source_mask is None else jnp.take(cache.source_mask, rows, axis=0)
+    return Cache(jax.tree.map(take, cache.layers), cache.used, jnp.take(cache.mask, rows, axis=0), source_mask)

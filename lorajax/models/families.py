@@ -10,6 +10,7 @@ from flax import linen as nn
 from lorajax.models.bert import Bert
 from lorajax.models.bert_config import FAMILIES as BERTS
 from lorajax.models.bert_config import BertConfig
+from lorajax.models.deberta import Deberta, DebertaConfig
 from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import MEMBERS as LLAMAS
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(ViTConfig, ViT),
     "dinov2": Family(ViTConfig, ViT),
     "resnet": Family(ResNetConfig, ResNet),
+    "deberta-v2": Family(DebertaConfig, Deberta),
     "gpt2": Family(GPT2Config, GPT2),
     **dict.fromkeys(LLAMAS, Family(LlamaConfig, Llama)),
 }
