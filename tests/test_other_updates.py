@@ -1,4 +1,4 @@
-"""LoHa, LoKr, HiRA, GraLoRA, MiSS, DeLoRA, IA3, SHiRA: updates against NumPy, starts, errors, what is formed."""
+"""LoHa, LoKr, HiRA, GraLoRA, MiSS, DeLoRA, IA3, SHiRA, KaSA: updates against NumPy, starts, errors, what is formed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from jax import lax
 import lorajax as lj
 from lorajax.core.rules import RuleError
 from lorajax.core.variant import Variant
-from lorajax.variants import IA3, DeLoRA, GraLoRA, HiRA, LoHa, LoKr, MiSS, SHiRA
+from lorajax.variants import IA3, DeLoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, MiSS, SHiRA
 from lorajax.variants.lokr import factorization
 
 W = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
@@ -99,6 +99,12 @@ def shira(a: Any, w: np.ndarray) -> np.ndarray:
     return out
 
 
+def kasa(a: Any, w: np.ndarray) -> np.ndarray:
+    u, s, v = np.linalg.svd(np.float64(w), full_matrices=False)
+    terms = [d * np.outer(x, y) for x, d, y in zip(a.A.T, a.d, a.B, strict=True)]
+    return (u[:, :5] * s[:5]) @ v[:5] - w + 4.0 * sum(terms)
+
+
 CASES: list[tuple[Variant, Callable[[Any, np.ndarray], np.ndarray]]] = [
     (LoHa(rank=2, alpha=6.0), loha),
     (LoKr(rank=1, alpha=6.0), lokr),
@@ -115,6 +121,7 @@ CASES: list[tuple[Variant, Callable[[Any, np.ndarray], np.ndarray]]] = [
     (IA3(), ia3),
     (IA3(side="in"), ia3),
     (SHiRA(rank=3), shira),
+    (KaSA(rank=3, alpha=12.0), kasa),
 ]
 
 
@@ -162,6 +169,14 @@ def test_residual_start_gives_both_factors_gradient() -> None:
     trained = adapter._replace(**dict.fromkeys(fixed))
     grads = jax.grad(lambda t: jnp.sum(variant.delta(t._replace(**fixed), jnp.asarray(W))))(trained)
     assert all(float(jnp.abs(x).max()) > 1e-3 for x in (grads.A, grads.B))
+
+
+def test_kasa_loss() -> None:
+    variant = KaSA(rank=2, beta=0.5, gamma=0.25)
+    a, d, b = np.eye(12)[:, :2] * [2.0, 1.0], np.array([3.0, -1.0]), np.eye(8)[:2] * 3.0
+    adapter = drawn(variant)._replace(A=jnp.float32(a), d=jnp.float32(d), B=jnp.float32(b))
+    norms = np.linalg.norm(a.T @ a - np.eye(2)) + np.linalg.norm(b @ b.T - np.eye(2))
+    np.testing.assert_allclose(variant.penalty(adapter, 0.5), 0.5 * (0.5 * 10 + 0.25 * norms), rtol=1e-6)
 
 
 def bounds(variant: Variant, shape: tuple[int, int] = (600, 400)) -> dict[str, float]:
@@ -272,7 +287,7 @@ def shapes(jaxpr: Any) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("variant", [GraLoRA(rank=4), MiSS(rank=4), MiSS(rank=4, mode="mini", mini_rank=5),
-                                     DeLoRA(rank=4)], ids=str)  # fmt: skip
+                                     DeLoRA(rank=4), KaSA(rank=4)], ids=str)  # fmt: skip
 def test_factored_ones_form_no_dense_update(variant: Variant) -> None:
     params, x = {"w": jnp.ones((60, 50))}, jnp.ones((7, 60))
     adapt = lj.adapt(lj.sites(lambda p, x: x @ p["w"], params, x), [("w", variant)])
@@ -304,6 +319,7 @@ def test_factored_ones_form_no_dense_update(variant: Variant) -> None:
     (DeLoRA(initializer="zero"), r"'zero' is unknown; there are zero_b and residual"),
     (DeLoRA(floor=0.0), r"floor=0.0 is not positive.*use 1e-4"),
     (IA3(side="both"), r"side='both' is unknown; there are out .* and in"),
+    (KaSA(rank=8), r"rank=8 is all that a \(12, 8\) weight has.*lower the rank"),
     (SHiRA(rank=5), r"rank=5 is outside 1..4.*lower the rank"),
 ])  # fmt: skip
 def test_what_does_not_fit_names_site_value_limit_and_remedy(variant: Variant, words: str) -> None:

@@ -1,4 +1,4 @@
-"""LoHa, LoKr, HiRA, GraLoRA, MiSS, DeLoRA, IA3, SHiRA against PEFT itself: one layer's output and gradients."""
+"""LoHa, LoKr, HiRA, GraLoRA, MiSS, DeLoRA, IA3, SHiRA, KaSA against PEFT itself: one layer's output and gradients."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 
 import lorajax as lj
 from lorajax.core.variant import Variant
-from lorajax.variants import IA3, DeLoRA, GraLoRA, HiRA, LoHa, LoKr, MiSS, SHiRA
+from lorajax.variants import IA3, DeLoRA, GraLoRA, HiRA, KaSA, LoHa, LoKr, MiSS, SHiRA
 
 pytestmark = pytest.mark.peft
 
@@ -29,6 +29,7 @@ LINEAR: dict[Variant, tuple[str, dict[str, Any]]] = {
     DeLoRA(rank=3, strength=15.0): ("DeloraConfig", {"r": 3}),
     IA3(side="in"): ("IA3Config", {"feedforward_modules": ["layer"]}),
     SHiRA(rank=3): ("ShiraConfig", {"r": 3}),
+    KaSA(rank=3, alpha=6.0): ("LoraConfig", {"r": 3, "lora_alpha": 6, "kasa_config": {}}),
 }  # fmt: skip
 CONV: dict[Variant, tuple[str, dict[str, Any]]] = {
     LoHa(rank=3, alpha=6.0): LINEAR[LoHa(rank=3, alpha=6.0)],
@@ -87,7 +88,9 @@ def test_one_layer(variant: Variant, op: str) -> None:
         for _, tensor in trained(model):
             tensor.copy_(torch.randn(tensor.shape))
     out = model(x)
-    torch.sin(out).sum().backward()
+    # KaSA has a loss of its own, which PEFT hands out instead of adding
+    extra = model.base_model._get_kasa_loss() if isinstance(variant, KaSA) else 0.0
+    (torch.sin(out).sum() + extra).backward()
 
     fn = linear if op == "linear" else conv
     adapt = lj.adapt(lj.sites(fn, params, jnp.asarray(x.numpy())), [("w", variant)])
@@ -102,7 +105,7 @@ def test_one_layer(variant: Variant, op: str) -> None:
 
     def loss(adapter: Any) -> tuple[jax.Array, jax.Array]:
         y = lj.lift(fn)(adapt.bind({"w": adapter}, frozen), jnp.asarray(x.numpy()))
-        return jnp.sum(jnp.sin(y)), y
+        return jnp.sum(jnp.sin(y)) + adapt.penalty({"w": adapter}), y
 
     (_, have), have_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(ours)
     np.testing.assert_allclose(have, out.detach().numpy(), rtol=1e-4, atol=1e-4)

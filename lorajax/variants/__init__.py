@@ -12,6 +12,7 @@ from lorajax.variants.dora import DoRA
 from lorajax.variants.gralora import GraLoRA
 from lorajax.variants.hira import HiRA
 from lorajax.variants.ia3 import IA3
+from lorajax.variants.kasa import KaSA
 from lorajax.variants.loha import LoHa
 from lorajax.variants.lokr import LoKr
 from lorajax.variants.lora import LoRA
@@ -32,6 +33,7 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "delora": DeLoRA,
     "ia3": IA3,
     "shira": SHiRA,
+    "kasa": KaSA,
     "sora": SoRA,
     "vera": VeRA,
 })
@@ -45,6 +47,7 @@ __all__ = [
     "DoRA",
     "GraLoRA",
     "HiRA",
+    "KaSA",
     "LoHa",
     "LoKr",
     "LoRA",

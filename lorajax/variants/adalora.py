@@ -69,7 +69,7 @@ class AdaLoRA(Variant):
         share: 1 / number of matrices; each brings two of the norms to the mean.
         """
         with jax.default_matmul_precision("highest"):
-            a, b = _distance_to_identity(adapter.A.T @ adapter.A), _distance_to_identity(adapter.B @ adapter.B.T)
+            a, b = distance_to_identity(adapter.A.T @ adapter.A), distance_to_identity(adapter.B @ adapter.B.T)
         return self.orth * (0.5 * share) * (a + b)
 
     def check(self, n_in: int, n_out: int) -> None:
@@ -80,7 +80,7 @@ class AdaLoRA(Variant):
                              f"pruning: leave it None, or set it to at least {self.rank}")
 
 
-def _distance_to_identity(gram: jax.Array) -> jax.Array:
+def distance_to_identity(gram: jax.Array) -> jax.Array:
     """Frobenius norm of gram - I, with gradient 0 (not NaN) where it is 0."""
     squared = jnp.sum(jnp.square(gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))
     return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
