@@ -1,5 +1,6 @@
 """lorajax: low-rank adaptation as a functional parameter transform, for any JAX function."""
 
+from lorajax.calibrate import calibrate
 from lorajax.core.adapt import Adapt, Frozen, adapt
 from lorajax.core.bound import Bound
 from lorajax.core.lift import MaterialisedWeight, StrictLiftError, lift
@@ -12,4 +13,5 @@ from lorajax.variants.lora import LoRA
 __version__ = "0.1.0"
 
 __all__ = ["PRESETS", "AdaLoRA", "Adapt", "Bound", "Factors", "Frozen", "Full", "FullAdapter", "Leaf", "LoRA",
-           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "lift", "sites"]
+           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "calibrate",
+           "lift", "sites"]

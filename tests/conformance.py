@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lorajax.core.variant import Variant
+from lorajax.core.variant import Seen, Variant
 from lorajax.variants import (
     IA3,
     AdaLoRA,
@@ -20,6 +21,7 @@ from lorajax.variants import (
     LoHa,
     LoKr,
     LoRA,
+    MiCA,
     MiSS,
     SHiRA,
     SoRA,
@@ -35,6 +37,7 @@ class Row(NamedTuple):
     drawn: the start depends on the key.
     penalised: it has a loss term of its own. merges: `merge` gives plain weights. lr: Adam's, for eight examples.
     in_model: run the tests in a model too; False where an option of a listed variant changes only its start or scale.
+    stats: for a start that reads data, what it read for a (12, 8) weight.
     """
 
     name: str
@@ -47,19 +50,44 @@ class Row(NamedTuple):
     merges: bool = True
     lr: float = 0.03
     in_model: bool = True
+    stats: Any = None
 
 
 LORA = {"A": (12, 4), "B": (4, 8)}
+TAKEN_OFF = LORA | {"A0": (12, 4), "B0": (4, 8)}
+INPUTS = jnp.float32(np.random.default_rng(4).normal(size=(30, 12)))
+SEEN = Seen(INPUTS.T @ INPUTS, INPUTS.sum(0), jnp.float32(30), abs(INPUTS).max())
+SLOPE = jnp.float32(np.random.default_rng(5).normal(size=(12, 8)))
 ADALORA = {"A": (12, 4), "E": (4,), "B": (4, 8)}
 LOHA = {"A1": (12, 4), "B1": (4, 8), "A2": (12, 4), "B2": (4, 8)}
 NORMS = {"magnitude": (8,), "weight_norm": (8,)}
 VERA = {"A": (12, 4), "B": (4, 8), "d": (4,), "b": (8,)}
+
+
+
+def after(variant: Any, saw: Any) -> Any:
+    """The statistic of a start that saw one batch."""
+    return variant.statistic.update(variant.statistic.init(12, 8), saw)
+
 
 ROWS: dict[str, Row] = {
     "lora": Row("lora", "2106.09685", LoRA(rank=4), LORA),
     "lora-rslora": Row("lora", "2312.03732", LoRA(rank=4, rslora=True, initializer="gaussian"), LORA, in_model=False),
     "lora-orthogonal": Row("lora", "2106.09685", LoRA(rank=4, initializer="orthogonal"), LORA, in_model=False),
     "lora-embedding": Row("lora", "2106.09685", LoRA(rank=4, initializer="embedding"), LORA, in_model=False),
+    **{f"lora-{start}": Row("lora", paper, LoRA(rank=4, alpha=6.0, initializer=start), TAKEN_OFF, in_model=False,
+                            drawn=False)
+       for start, paper in (("milora", "2406.09044"), ("olora", "2406.01775"))},
+    "lora-both": Row("lora", "2602.04998", LoRA(rank=4, initializer="both"), TAKEN_OFF, in_model=False),
+    "lora-pissa": Row("lora", "2404.02948", LoRA(rank=4, alpha=6.0, initializer="pissa"), TAKEN_OFF, drawn=False),
+    "lora-pissa-folded": Row("lora", "2404.02948", LoRA(rank=4, initializer="pissa", fold=True), TAKEN_OFF,
+                             in_model=False, drawn=False),
+    **{f"lora-{start}": Row("lora", paper, LoRA(rank=4, initializer=start), shapes, identity=start != "lora_one",
+                            in_model=False, drawn=start == "lora_ga", stats=after(LoRA(rank=4, initializer=start), saw))
+       for start, paper, shapes, saw in (
+           ("eva", "2410.07170", LORA, SEEN), ("corda", "2406.05223", TAKEN_OFF, SEEN),
+           ("lora_ga", "2407.05000", TAKEN_OFF, SLOPE), ("lora_one", "2502.01235", LORA, SLOPE))},
+    "mica": Row("mica", "2604.01694", MiCA(rank=4), LORA, drawn=False),
     "lora-fa": Row("lora", "2308.03303", LoRA(rank=4, freeze_a=True), LORA),
     "adalora": Row("adalora", "2303.10512", AdaLoRA(rank=4), ADALORA, penalised=True),
     "sora": Row("sora", "2311.11696", SoRA(rank=4, l1=0.1), LORA | {"g": (4,)}, penalised=True),
@@ -95,9 +123,10 @@ ROWS: dict[str, Row] = {
 }
 
 
-def started(variant: Variant, key: jax.Array, w: jax.Array) -> tuple[Any, jax.Array]:
-    """`init` of one matrix, with the arrays that it would share with others."""
-    adapter, w_new = variant.init(key, w)
+def started(row: Row, key: jax.Array, w: jax.Array) -> tuple[Any, jax.Array]:
+    """`init` of one matrix, with the data that it reads and the arrays that it would share with others."""
+    variant = row.variant
+    adapter, w_new = variant.init(key, w, row.stats)
     if any(leaf.shared for leaf in variant.leaves.values()):
         adapter = adapter._replace(**variant.init_shared(key, *w.shape))
     return adapter, w_new

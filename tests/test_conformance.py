@@ -19,7 +19,7 @@ import lorajax as lj
 from lorajax import variants
 from lorajax.core.variant import Variant
 from lorajax.train.checkpoint import Checkpoints
-from lorajax.variants import NAMES
+from lorajax.variants import INITIALIZERS, NAMES, LoRA
 
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
 every_model = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.in_model])
@@ -48,9 +48,11 @@ def weight(shape: tuple[int, int] = (12, 8)) -> jax.Array:
 def test_every_public_variant_has_a_row() -> None:
     for named in ({r.name for r in ROWS.values()}, {r.name for r in ROWS.values() if r.in_model}):
         assert named == set(NAMES), f"rows without a name or names without a row: {named ^ set(NAMES)}"
-    public = {getattr(variants, name) for name in variants.__all__ if name != "NAMES"}
+    public = {getattr(variants, name) for name in variants.__all__ if name not in ("NAMES", "INITIALIZERS")}
     assert public == set(NAMES.values())
     assert all(type(r.variant) is NAMES[r.name] for r in ROWS.values())
+    starts = {r.variant.initializer for r in ROWS.values() if isinstance(r.variant, LoRA)}
+    assert starts == set(INITIALIZERS), f"starts of LoRA without a row: {set(INITIALIZERS) - starts}"
 
 
 @every_row
@@ -77,7 +79,7 @@ def test_docstring_states_paper_and_equation(row: Row) -> None:
 
 @every_row
 def test_leaf_table_names_the_real_shapes(row: Row) -> None:
-    start = functools.partial(started, row.variant)
+    start = functools.partial(started, row)
     adapter, w = jax.eval_shape(start, jax.random.key(0), jax.ShapeDtypeStruct((12, 8), jnp.float32))
     assert {k: v.shape for k, v in adapter._asdict().items() if v is not None} == row.shapes
     trained = [v for k, v in adapter._asdict().items() if v is not None and row.variant.leaves[k].trainable]
@@ -94,19 +96,19 @@ def test_leaf_table_names_the_real_shapes(row: Row) -> None:
 
 @every_row
 def test_start(row: Row) -> None:
-    adapter, w = started(row.variant, jax.random.key(0), weight())
+    adapter, w = started(row, jax.random.key(0), weight())
     if row.merges:
         delta = np.abs(w + row.variant.delta(adapter, w) - weight()).max()
         assert (delta < 1e-6) == row.identity
-    again, _ = started(row.variant, jax.random.key(0), weight())
-    other, _ = started(row.variant, jax.random.key(1), weight())
+    again, _ = started(row, jax.random.key(0), weight())
+    other, _ = started(row, jax.random.key(1), weight())
     assert jax.tree.all(jax.tree.map(np.array_equal, adapter, again))
     assert jax.tree.all(jax.tree.map(np.array_equal, adapter, other)) != row.drawn
 
 
 @every_row
 def test_factors_and_delta_agree(row: Row) -> None:
-    adapter = perturbed(started(row.variant, jax.random.key(0), weight())[0], noise(1))
+    adapter = perturbed(started(row, jax.random.key(0), weight())[0], noise(1))
     if not row.merges:
         with pytest.raises(ValueError, match="merge"):
             row.variant.delta(adapter, weight())
@@ -126,7 +128,7 @@ def test_factors_and_delta_agree(row: Row) -> None:
 
 @every_row
 def test_penalty(row: Row) -> None:
-    adapter = perturbed(started(row.variant, jax.random.key(0), weight())[0], noise(1))
+    adapter = perturbed(started(row, jax.random.key(0), weight())[0], noise(1))
     assert (row.variant.penalty(adapter, 1.0) > 0) == row.penalised
     np.testing.assert_allclose(row.variant.penalty(adapter, 0.25), 0.25 * row.variant.penalty(adapter, 1.0), rtol=1e-6)
     if not row.penalised:
@@ -137,7 +139,7 @@ def test_penalty(row: Row) -> None:
 def test_gradient_is_finite_at_the_start(row: Row) -> None:
     if not row.merges:
         return
-    adapter, w = started(row.variant, jax.random.key(0), weight())
+    adapter, w = started(row, jax.random.key(0), weight())
     fixed = {name: x for name, x in adapter._asdict().items() if not row.variant.leaves[name].trainable}
 
     def loss(trained: Any) -> jax.Array:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from lorajax.core.bound import Bound, Gate, Term, dense, is_bound
 from lorajax.core.dropping import dropping, kept
-from lorajax.core.layout import aligned, leaf, matrix, over_stack
+from lorajax.core.layout import aligned, leaf, matrix, nameless, over_stack
 from lorajax.core.masks import apply
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
 from lorajax.core.summary import parameters, summary
-from lorajax.core.variant import Full, FullAdapter, Variant, may_drop
+from lorajax.core.variant import Full, FullAdapter, Statistic, Variant, may_drop
 
 
 class Frozen(NamedTuple):
@@ -76,39 +76,65 @@ class Adapt:
         trainable: path -> the variant's NamedTuple of arrays, leading dimensions the site's stack; `FullAdapter(w)` for
         `Full`. Arrays that a variant keeps frozen are None there and stand in `frozen.aux`. What sites share is None in
         both and stands once, under 'shared:<slot>', in trainable or in `frozen.shared`.
-        stats: path -> what a data-driven initialiser reads. Each site draws from `key` folded with its path.
+        stats: path -> what a data-driven initialiser reads (`lorajax.calibrate`). Each site draws from `key`
+        folded with its path.
         """
         base = self._checked(params)
+        blind = [path for path, choice in self.plan.items()
+                 if isinstance(choice, Variant) and choice.statistic and path not in (stats or {})]
+        if blind:
+            raise ValueError(f"{self.plan[blind[0]]} at {blind[0]!r} (and {len(blind) - 1} other paths) starts from "
+                             f"data: pass init(key, params, stats) what lorajax.calibrate(adapt, ...) returned")
         trainable: dict[str, Any] = {}
         aux = {}
         for path, choice in self.plan.items():
             if isinstance(choice, Full):
-                trainable[path] = FullAdapter(jnp.array(base.pop(path), self.dtype, copy=True))
+                trainable[path] = FullAdapter(jnp.array(base[path], self.dtype, copy=True))
                 continue
-            site = self.sites[path]
             start = _for(choice, _init_matrices)
-            adapter, w_new = start(choice, _layout(site), fold(key, path), base[path], (stats or {}).get(path))
-            if choice.rewrites_weight:
-                base[path] = leaf(site, w_new).astype(base[path].dtype)
+            site, seen = self.sites[path], (stats or {}).get(path)
+            adapter, _ = start(choice, nameless(site), fold(key, path), base[path], seen)
             adapter = jax.tree.map(lambda x: x.astype(self.dtype) if jnp.isdtype(x.dtype, "real floating") else x,
                                    adapter)  # positions stay integers
             trains = {name: row.trainable for name, row in choice.leaves.items()}
             trainable[path] = adapter._replace(**{name: None for name, on in trains.items() if not on})
             aux[path] = adapter._replace(**{name: None for name, on in trains.items() if on})
-        shared: dict[str, dict[str, jax.Array]] = {}
-        for name, slot in self.slots.items():
-            arrays = slot.variant.init_shared(fold(key, name), slot.n_in, slot.n_out)
-            for on, part in ((True, trainable), (False, shared)):
-                mine = {leaf: x.astype(self.dtype) for leaf, x in arrays.items()
-                        if slot.variant.leaves[leaf].trainable == on}
+        shared = self._shared(key)
+        for part in (trainable, aux):
+            for name, arrays in shared.items():
+                mine = {leaf: x for leaf, x in arrays.items()
+                        if self.slots[name].variant.leaves[leaf].trainable == (part is trainable)}
                 part |= {name: mine} if mine else {}
-        return trainable, Frozen(base, {path: a for path, a in aux.items() if jax.tree.leaves(a)}, shared)
+        return trainable, self.frozen(params, {path: a for path, a in aux.items() if jax.tree.leaves(a)})
+
+    def _shared(self, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        """'shared:<slot>' -> the arrays that sites share, trained and frozen."""
+        return {name: {leaf: x.astype(self.dtype) for leaf, x in
+                       slot.variant.init_shared(fold(key, name), slot.n_in, slot.n_out).items()}
+                for name, slot in self.slots.items()}
 
     def kept(self, frozen: Frozen) -> dict[str, Any]:
         """The frozen arrays that a saved adapter needs: those of the sites, and of the slots that the variant does
         not draw again from its own seed (`Variant.redraws`)."""
         stored = {name: x for name, x in frozen.shared.items() if not self.slots[name].variant.redraws}
         return {**frozen.aux, **stored}
+
+    def frozen(self, params: Any, kept: Mapping[str, Any]) -> Frozen:
+        """The frozen partition of `init` from the base and the frozen arrays of its adapters (`kept` or all of them),
+        without initialising again: an adapter that was saved with them comes back exactly."""
+        base = self._checked(params)
+        for path, choice in self.plan.items():
+            if isinstance(choice, Full):
+                del base[path]
+            elif choice.rewrites_weight:
+                restore = _for(choice, _restored)
+                base[path] = restore(choice, nameless(self.sites[path]), kept.get(path), base[path])
+        drawn = {name: {leaf: x for leaf, x in arrays.items() if not self.slots[name].variant.leaves[leaf].trainable}
+                 for name, arrays in self._shared(jax.random.key(0)).items()
+                 if name not in kept and self.slots[name].variant.redraws}
+        shared = {name: kept.get(name, drawn.get(name)) for name in self.slots}
+        return Frozen(base, {path: x for path, x in kept.items() if path not in self.slots},
+                      {name: x for name, x in shared.items() if x})
 
     def bind(self, trainable: Mapping[str, Any], frozen: Frozen, *, key: jax.Array | None = None,
              masks: Mapping[str, Any] | None = None, onto: Any = None) -> Any:
@@ -151,7 +177,7 @@ class Adapt:
     def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, shared: dict[str, jax.Array],
               key: jax.Array | None) -> Term:
         if choice.reads_weight:
-            term = _for(choice, _shared_term)(choice, _layout(site), adapter, w, shared)
+            term = _for(choice, _shared_term)(choice, nameless(site), adapter, w, shared)
         else:
             term = _term(choice, site, adapter, None, shared)
         return term if key is None else dropping(term, site, choice, fold(key, site.path))
@@ -180,7 +206,10 @@ class Adapt:
     def shapes(self) -> tuple[dict[str, Any], Frozen]:
         """`init`'s result as `jax.ShapeDtypeStruct`s."""
         params = jax.tree.unflatten(self.sites.tree, list(self.sites.leaves.values()))
-        trainable, frozen = jax.eval_shape(self.init, jax.random.key(0), params)
+        read = {path: (self.sites[path], c.statistic) for path, c in self.plan.items()
+                if isinstance(c, Variant) and c.statistic}
+        stats = {path: blank(site, statistic) for path, (site, statistic) in read.items()}
+        trainable, frozen = jax.eval_shape(self.init, jax.random.key(0), params, stats)
         return {path: trainable[path] for path in (*self.plan, *self.slots) if path in trainable}, frozen
 
     def penalty(self, trainable: Mapping[str, Any]) -> jax.Array:
@@ -223,6 +252,18 @@ def _init_matrices(variant: Variant, site: Site, key: jax.Array, w: jax.Array, s
     return over_stack(site, variant.init)(keys, m, stats)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _restored(variant: Variant, site: Site, adapter: Any, w: jax.Array) -> jax.Array:
+    new = over_stack(site, variant.restore)(adapter, matrix(site, w).astype(jnp.float32))
+    return leaf(site, new).astype(w.dtype)
+
+
+def blank(site: Site, statistic: Statistic) -> Any:
+    """The shapes of a statistic of every matrix of the site."""
+    one = jax.eval_shape(lambda: statistic.init(site.n_in, site.n_out))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*site.stack_shape, *x.shape), x.dtype), one)
+
+
 def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None, shared: dict[str, jax.Array]) -> Term:
     """The variant's factors for every matrix of the site, aligned. What does not differ between them does not get a
     stack dimension: a scale that is a Python number, a factor that is a shared array itself."""
@@ -258,11 +299,6 @@ def _for(variant: Variant, jitted: Any) -> Any:
     except TypeError:
         return jitted.__wrapped__
     return jitted
-
-
-def _layout(site: Site) -> Site:
-    """The site without what tells it from others of its shape, so that they share one compiled initialiser."""
-    return Site("", site.shape, site.dtype, site.uses[:1])
 
 
 def fold(key: jax.Array, path: str) -> jax.Array:

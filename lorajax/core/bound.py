@@ -90,6 +90,9 @@ class Term(NamedTuple):
     e: scale of the rank components, along RANK and perhaps stack dimensions. o: scale of a b along its out dimensions.
     router, gate: ``gate(x router, x a)`` takes the place of x a; `router` runs along the in dimensions and RANK, which
     here counts what it chooses among.
+    tap: an array of zeros along the in dimensions and RANK (size in + 3) that changes nothing: its gradient is what the
+    weight's inputs X were in a matmul, [X^T X | sum of rows | number of rows | largest |X|]. seen: weights of the rows,
+    0 for padding, in the shape of the leading dimensions of X.
     """
 
     a: Factor | None = None
@@ -102,6 +105,8 @@ class Term(NamedTuple):
     o: Factor | None = None
     router: Factor | None = None
     gate: Gate | None = None
+    tap: Factor | None = None
+    seen: Factor | None = None
 
     def folded(self) -> Term:
         """The same term with e and o multiplied into b, for where there is no activation to multiply."""

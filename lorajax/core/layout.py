@@ -29,6 +29,11 @@ def leaf(site: Site, m: jax.Array) -> jax.Array:
     return lax.transpose(m, [order.index(i) for i in range(len(order))])
 
 
+def nameless(site: Site) -> Site:
+    """The site without what tells it from others of its shape, so that they share one compiled function."""
+    return Site("", site.shape, site.dtype, site.uses[:1])
+
+
 def over_stack(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of one matrix, as a function of the site's stack of them."""
     for _ in site.stack_axes:

@@ -8,7 +8,7 @@ a stack, a path, a sharding, a dtype policy or a file.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,6 +62,32 @@ class Factors(NamedTuple):
         return self._replace(b=b, e=None, o=None)
 
 
+class Seen(NamedTuple):
+    """What one batch shows of a weight's inputs X (n, in), rows of padding left out; float32.
+
+    gram: (in, in), X^T X. total: (in,), the sum of the rows. rows: (), n. peak: (), the largest |X|.
+    """
+
+    gram: jax.Array
+    total: jax.Array
+    rows: jax.Array
+    peak: jax.Array
+
+
+class Statistic(NamedTuple):
+    """What a data-driven start reads of one matrix, gathered from a stream of batches by `lorajax.calibrate`.
+
+    of: "inputs", then `update` is handed a `Seen` of each batch, or "gradient", then dL/dW, (in, out) float32.
+    init: (n_in, n_out) -> state, a pytree of arrays. update: (state, what was seen) -> state.
+    done: state -> () bool: further batches would change nothing.
+    """
+
+    of: str
+    init: Callable[[int, int], Any]
+    update: Callable[[Any, Any], Any]
+    done: Callable[[Any], jax.Array] | None = None
+
+
 @dataclass(frozen=True)
 class Variant(abc.ABC):
     """A method. Concrete variants are frozen dataclasses whose field defaults are the paper's.
@@ -87,11 +113,22 @@ class Variant(abc.ABC):
     any_rank: ClassVar[bool] = False
     """Whether `rank` may exceed the sides of the weight."""
     rewrites_weight: ClassVar[bool] = False
-    """Whether `init` returns another weight than it was given; the new one then replaces it in the frozen partition."""
+    """Whether `init` returns another weight than it was given; the new one then replaces it in the frozen partition.
+    Such a variant defines `restore`."""
 
     @abc.abstractmethod
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
         """Returns (adapter, w_new) for a weight `w` (in, out) float32; `w_new` is `w` unless `rewrites_weight`."""
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What `init` needs to be handed as `stats`; None if it reads no data."""
+        return None
+
+    def restore(self, adapter: Any, w: jax.Array) -> jax.Array:
+        """The frozen weight that goes with an adapter's frozen arrays (the trained ones may be None), from the
+        original weight `w` (in, out): what `init` returned, without doing its work again."""
+        raise NotImplementedError(f"{type(self).__name__} rewrites its weight; it defines restore(adapter, w)")
 
     def factors(self, adapter: Any, w: Any) -> Factors:
         """The update as factors, float32. `w` is the (in, out) frozen weight, float32; see `reads_weight`."""

@@ -15,7 +15,8 @@ from lorajax.variants.ia3 import IA3
 from lorajax.variants.kasa import KaSA
 from lorajax.variants.loha import LoHa
 from lorajax.variants.lokr import LoKr
-from lorajax.variants.lora import LoRA
+from lorajax.variants.lora import INITIALIZERS, LoRA
+from lorajax.variants.mica import MiCA
 from lorajax.variants.miss import MiSS
 from lorajax.variants.shira import SHiRA
 from lorajax.variants.sora import SoRA
@@ -36,11 +37,13 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "kasa": KaSA,
     "sora": SoRA,
     "vera": VeRA,
+    "mica": MiCA,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
 __all__ = [
     "IA3",
+    "INITIALIZERS",
     "NAMES",
     "AdaLoRA",
     "DeLoRA",
@@ -51,6 +54,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "MiCA",
     "MiSS",
     "SHiRA",
     "SoRA",

@@ -53,6 +53,7 @@ class DoRA(Variant):
     any_rank = property(lambda self: self.inner.any_rank)
     slot = property(lambda self: self.inner.slot)
     redraws = property(lambda self: self.inner.redraws)
+    statistic = property(lambda self: self.inner.statistic)
     init_shared = property(lambda self: self.inner.init_shared)
     read_shared = property(lambda self: self.inner.read_shared)
 
@@ -61,6 +62,10 @@ class DoRA(Variant):
         """Rows of `of`, then m, and the frozen ||W||."""
         return {**self.inner.leaves, "magnitude": Leaf("magnitude", ("out",), peft="lora_magnitude_vector"),
                 "weight_norm": Leaf("norm", ("out",), trainable=False)}
+
+    def restore(self, adapter: Any, w: jax.Array) -> jax.Array:
+        """The weight that `of` leaves."""
+        return self.inner.restore(inner_of(adapter), w)
 
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
         """Returns (the arrays of `of`, m = ||V||, ||W||), and the weight that `of` leaves."""
@@ -110,14 +115,16 @@ class DoRA(Variant):
             raise ValueError(f"rank_dropout={self.inner.rank_dropout} and module_dropout={self.inner.module_dropout} "
                              f"of {type(self.of).__name__} inside DoRA have no effect: give them to DoRA itself")
         w = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
-        found = jax.eval_shape(self._start, jax.random.key(0), w) if self.factored else Factors()
+        read = self.inner.statistic
+        stats = read and jax.eval_shape(functools.partial(read.init, n_in, n_out))
+        found = jax.eval_shape(self._start, jax.random.key(0), w, stats) if self.factored else Factors()
         if found.g is not None or found.g_in is not None or found.router is not None:
             raise ValueError(f"{type(self.of).__name__} scales the weight or has a router, and DoRA(of=...) needs an "
                              f"update that is added to it: wrap LoRA(...) or another additive variant, or use it "
                              f"without DoRA")
 
-    def _start(self, key: jax.Array, w: jax.Array) -> Factors:
-        inner, _ = self.inner.init(key, w)
+    def _start(self, key: jax.Array, w: jax.Array, stats: Any) -> Factors:
+        inner, _ = self.inner.init(key, w, stats)
         if any(row.shared for row in self.leaves.values()):
             inner = inner._replace(**self.inner.read_shared(self.inner.init_shared(key, *w.shape), *w.shape))
         return self.inner.factors(inner, w)

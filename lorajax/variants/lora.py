@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lorajax.core.variant import Factors, Leaf, Variant
+from lorajax.core.variant import Factors, Leaf, Statistic, Variant
+from lorajax.variants.corda import CorDA
+from lorajax.variants.eva import EVA
+from lorajax.variants.initializer import Both, Embedding, Gaussian, Initializer, Kaiming, Orthogonal
+from lorajax.variants.lora_ga import LoRAGA
+from lorajax.variants.lora_one import LoRAOne
+from lorajax.variants.milora import MiLoRA
+from lorajax.variants.olora import OLoRA
+from lorajax.variants.pissa import PiSSA
+
+INITIALIZERS: Mapping[str, type[Initializer]] = {
+    "kaiming": Kaiming, "gaussian": Gaussian, "orthogonal": Orthogonal, "embedding": Embedding, "both": Both,
+    "pissa": PiSSA, "milora": MiLoRA, "olora": OLoRA, "eva": EVA, "corda": CorDA, "lora_ga": LoRAGA,
+    "lora_one": LoRAOne,
+}
+"""Name -> start of LoRA. A new one gets a row here, its file, a row of the conformance table, and a config."""
 
 
 class LoRAAdapter(NamedTuple):
@@ -19,6 +34,19 @@ class LoRAAdapter(NamedTuple):
 
     A: jax.Array
     B: jax.Array
+
+
+class StartedAdapter(NamedTuple):
+    """Of a start that is taken off again. A, A0: (in, rank). B, B0: (rank, out). A0 and B0 are frozen."""
+
+    A: jax.Array
+    B: jax.Array
+    A0: jax.Array
+    B0: jax.Array
+
+
+TRAINED = {"A": Leaf("a", ("in", "rank"), peft="lora_A.weight"), "B": Leaf("b", ("rank", "out"), peft="lora_B.weight")}
+START = {"A0": Leaf("a0", ("in", "rank"), trainable=False), "B0": Leaf("b0", ("rank", "out"), trainable=False)}
 
 
 @dataclass(frozen=True)
@@ -29,11 +57,16 @@ class LoRA(Variant):
     rslora: ``s = alpha / sqrt(rank)`` instead (arXiv 2312.03732, the rank-stabilised scale). At the same alpha this
     multiplies s by sqrt(rank): a fair comparison divides alpha by the square root of a reference rank.
     dropout: probability of dropping an input element on the branch through A, in training only.
-    initializer: what the adapter starts from. All start as the identity, ``A B = 0``:
-      - ``kaiming`` (loralib, PEFT): A uniform on +-1/sqrt(in), B = 0;
-      - ``gaussian`` (PEFT): A normal with standard deviation 1/rank, B = 0 (the paper: Gaussian, of unstated width);
-      - ``orthogonal`` (PEFT): A and B non-zero with A B = 0, so both get gradient at step 0; rank must be even;
-      - ``embedding`` (loralib, PEFT): A = 0, B standard normal; what ``kaiming`` becomes on a lookup table.
+    initializer: what the adapter starts from: a name in `INITIALIZERS`, or an instance with hyperparameters of its own,
+    such as ``PiSSA(iterations=4)``. Each has its page.
+      - A B = 0, the weight is left alone: kaiming (loralib, PEFT), gaussian (PEFT), orthogonal (PEFT), embedding
+        (loralib, PEFT), eva (arXiv 2410.07170);
+      - A B is taken off again: pissa (arXiv 2404.02948), milora (arXiv 2406.09044), olora (arXiv 2406.01775),
+        corda (arXiv 2406.05223), lora_ga (arXiv 2407.05000), both (arXiv 2602.04998);
+      - A B stays: lora_one (arXiv 2502.01235).
+    fold: how A B is taken off. False: by frozen copies A0, B0, ``W' = W + s (A B - A0 B0)``: the base stays as it is
+    and serves other adapters, at twice the rank in compute. True: from a copy of the weight, ``W - s A0 B0``, rounded
+    to its dtype (PEFT): LoRA's speed, one more weight in memory if the base is needed elsewhere too.
     freeze_a: A gets no gradient (LoRA-FA, arXiv 2308.03303): the backward pass then keeps x A in place of x. Pair it
     with `lorajax.optim.lora_fa`, which gives A no optimizer state.
     """
@@ -42,71 +75,67 @@ class LoRA(Variant):
     alpha: float | jax.Array = 8.0
     rslora: bool = False
     dropout: float = 0.0
-    initializer: str = "kaiming"
+    initializer: str | Initializer = "kaiming"
+    fold: bool = False
     freeze_a: bool = False
 
-    leaves: ClassVar[Mapping[str, Leaf]] = {
-        "A": Leaf("a", ("in", "rank"), peft="lora_A.weight"),
-        "B": Leaf("b", ("rank", "out"), peft="lora_B.weight"),
-    }
+    @property
+    def leaves(self) -> Mapping[str, Leaf]:  # type: ignore[override]
+        """A and B; A0 and B0 where the start is taken off again."""
+        return TRAINED | START if self.initial.subtracts else TRAINED
 
     @property
     def scale(self) -> float | jax.Array:
         """s, the number in front of A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[LoRAAdapter, jax.Array]:
-        """Returns (A, B) by `initializer`, and `w` itself."""
-        n_in, n_out = w.shape
-        return INITIALIZERS[self.initializer](key, n_in, n_out, self.rank), w
-
-    def factors(self, adapter: LoRAAdapter, w: jax.Array) -> Factors:
-        """a = A, b = B, and s."""
-        a = jax.lax.stop_gradient(adapter.A) if self.freeze_a else adapter.A
-        return Factors(a=a, b=adapter.B, s=self.scale)
-
-    def for_lookup(self) -> LoRA:
-        """On an embedding table loralib and PEFT swap the roles: A = 0 and B random."""
-        return replace(self, initializer="embedding") if self.initializer == "kaiming" else self
-
-    def check(self, n_in: int, n_out: int) -> None:
-        """Raises ValueError for an unknown initializer, and for an odd rank with the orthogonal one."""
-        super().check(n_in, n_out)
+    @property
+    def initial(self) -> Initializer:
+        """`initializer` as an instance. ValueError for an unknown name."""
+        if isinstance(self.initializer, Initializer):
+            return self.initializer
         if self.initializer not in INITIALIZERS:
             near = difflib.get_close_matches(str(self.initializer), INITIALIZERS, n=1)
             raise ValueError(f"initializer={self.initializer!r} is unknown; there are {', '.join(INITIALIZERS)}"
                              + (f"; did you mean {near[0]!r}?" if near else ""))
-        if self.initializer == "orthogonal" and self.rank % 2:
-            raise ValueError(f"rank={self.rank} is odd and initializer='orthogonal' splits the ranks into halves: "
-                             f"use rank={self.rank + 1} or another initializer")
+        return INITIALIZERS[self.initializer]()
 
+    @property
+    def statistic(self) -> Statistic | None:
+        """What the initializer reads of the data."""
+        return self.initial.statistic(self.rank)
 
-def kaiming(key: jax.Array, n_in: int, n_out: int, rank: int) -> LoRAAdapter:
-    """A ~ U(+-1/sqrt(in)), which is torch's ``kaiming_uniform_(a=sqrt(5))``; B = 0."""
-    bound = 1.0 / math.sqrt(n_in)
-    return LoRAAdapter(jax.random.uniform(key, (n_in, rank), minval=-bound, maxval=bound), jnp.zeros((rank, n_out)))
+    @property
+    def rewrites_weight(self) -> bool:  # type: ignore[override]
+        """Where the start is folded into the weight."""
+        return self.fold and self.initial.subtracts
 
+    def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
+        """Returns (A, B) or (A, B, A, B) by `initializer`, and `w`, from which s A0 B0 is taken with `fold`."""
+        with jax.default_matmul_precision("highest"):
+            a, b = self.initial.start(key, w, self.rank, self.scale, stats)
+        if not self.initial.subtracts:
+            return LoRAAdapter(a, b), w
+        started = StartedAdapter(a, b, a, b)
+        return started, self.restore(started, w) if self.fold else w
 
-def gaussian(key: jax.Array, n_in: int, n_out: int, rank: int) -> LoRAAdapter:
-    """A ~ N(0, 1/rank^2); B = 0."""
-    return LoRAAdapter(jax.random.normal(key, (n_in, rank)) / rank, jnp.zeros((rank, n_out)))
+    def restore(self, adapter: Any, w: jax.Array) -> jax.Array:
+        """w - s A0 B0."""
+        with jax.default_matmul_precision("highest"):
+            return w - self.scale * (adapter.A0 @ adapter.B0)
 
+    def factors(self, adapter: Any, w: jax.Array) -> Factors:
+        """a = A, b = B, and s; with A0 and B0, a = [A | A0] and b = [B ; -B0]."""
+        a, b = jax.lax.stop_gradient(adapter.A) if self.freeze_a else adapter.A, adapter.B
+        if self.initial.subtracts and not self.fold:
+            a, b = jnp.concatenate([a, adapter.A0], axis=1), jnp.concatenate([b, -adapter.B0], axis=0)
+        return Factors(a=a, b=b, s=self.scale)
 
-def orthogonal(key: jax.Array, n_in: int, n_out: int, rank: int) -> LoRAAdapter:
-    """A = N1 Q1 / 10 and B = Q2^T N2 / 10, where Q1 and Q2 are the even and odd rows of one orthogonal (rank, rank)."""
-    key_q, key_a, key_b = jax.random.split(key, 3)
-    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
-    n1 = jax.random.normal(key_a, (n_in, rank // 2))
-    n2 = jax.random.normal(key_b, (rank // 2, n_out))
-    with jax.default_matmul_precision("highest"):
-        return LoRAAdapter(n1 @ q[0::2] / 10.0, q[1::2].T @ n2 / 10.0)
+    def for_lookup(self) -> LoRA:
+        """On an embedding table loralib and PEFT swap the roles: A = 0 and B random."""
+        return replace(self, initializer="embedding") if isinstance(self.initial, Kaiming) else self
 
-
-def embedding(key: jax.Array, n_in: int, n_out: int, rank: int) -> LoRAAdapter:
-    """A = 0 of (vocabulary, rank); B ~ N(0, 1)."""
-    return LoRAAdapter(jnp.zeros((n_in, rank)), jax.random.normal(key, (rank, n_out)))
-
-
-INITIALIZERS: Mapping[str, Callable[[jax.Array, int, int, int], LoRAAdapter]] = {
-    "kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "embedding": embedding,
-}
+    def check(self, n_in: int, n_out: int) -> None:
+        """Raises ValueError for an unknown initializer and for what it cannot fit."""
+        super().check(n_in, n_out)
+        self.initial.check(self.rank, n_in, n_out)

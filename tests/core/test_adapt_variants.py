@@ -57,6 +57,9 @@ class Dense(Variant):
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[DenseAdapter, jax.Array]:
         return DenseAdapter(jax.random.normal(key, (w.shape[0], w.shape[0])) / 4), w / 2
 
+    def restore(self, adapter: DenseAdapter, w: jax.Array) -> jax.Array:
+        return w / 2
+
     def delta(self, adapter: DenseAdapter, w: jax.Array) -> jax.Array:
         return adapter.d @ w
 

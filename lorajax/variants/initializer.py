@@ -1,0 +1,135 @@
+"""How LoRA's A and B start: the interface, and the starts that read neither the weight nor data."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorajax.core.variant import Statistic
+
+
+@dataclass(frozen=True)
+class Initializer(abc.ABC):
+    """A start of LoRA. Concrete ones are frozen dataclasses whose fields are their hyperparameters."""
+
+    subtracts: ClassVar[bool] = False
+    """Whether ``s A B`` of the start is taken off the weight, so that training begins at the pretrained function."""
+
+    @abc.abstractmethod
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        """(A, B), (in, rank) and (rank, out), for a weight `w` (in, out) float32 and the scale `s` of A B.
+
+        stats: the state of `statistic` at the end of the data, None if that is None.
+        """
+
+    def statistic(self, rank: int) -> Statistic | None:
+        """What `start` reads of the data, collected by `lorajax.calibrate`; None if it reads none."""
+        return None
+
+    def check(self, rank: int, n_in: int, n_out: int) -> None:
+        """Raises ValueError (value, limit, remedy) if this start cannot fit an (n_in, n_out) weight."""
+        return
+
+
+@dataclass(frozen=True)
+class Kaiming(Initializer):
+    """A ~ U(+-1/sqrt(in)), which is torch's ``kaiming_uniform_(a=sqrt(5))``; B = 0 (loralib, PEFT)."""
+
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        bound = 1.0 / math.sqrt(w.shape[0])
+        return jax.random.uniform(key, (w.shape[0], rank), minval=-bound, maxval=bound), jnp.zeros((rank, w.shape[1]))
+
+
+@dataclass(frozen=True)
+class Gaussian(Initializer):
+    """A ~ N(0, 1/rank^2); B = 0 (PEFT; the LoRA paper says Gaussian without a width)."""
+
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        return jax.random.normal(key, (w.shape[0], rank)) / rank, jnp.zeros((rank, w.shape[1]))
+
+
+@dataclass(frozen=True)
+class Orthogonal(Initializer):
+    """A = N1 Q1 / 10 and B = Q2^T N2 / 10, where Q1 and Q2 are the even and odd rows of one orthogonal (rank, rank):
+    A B = 0 though neither is 0, so both get gradient at step 0 (PEFT)."""
+
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        key_q, key_a, key_b = jax.random.split(key, 3)
+        q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
+        n1 = jax.random.normal(key_a, (w.shape[0], rank // 2))
+        n2 = jax.random.normal(key_b, (rank // 2, w.shape[1]))
+        return n1 @ q[0::2] / 10.0, q[1::2].T @ n2 / 10.0
+
+    def check(self, rank: int, n_in: int, n_out: int) -> None:
+        if rank % 2:
+            raise ValueError(f"rank={rank} is odd and initializer='orthogonal' splits the ranks into halves: "
+                             f"use rank={rank + 1} or another initializer")
+
+
+@dataclass(frozen=True)
+class Embedding(Initializer):
+    """A = 0 of (vocabulary, rank); B ~ N(0, 1): what `Kaiming` becomes on a lookup table (loralib, PEFT)."""
+
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((w.shape[0], rank)), jax.random.normal(key, (rank, w.shape[1]))
+
+
+@dataclass(frozen=True)
+class Both(Initializer):
+    """A and B ~ U(+-magnitude/sqrt(in)) and s A B taken off the weight ("Init[AB]", arXiv 2602.04998's code).
+
+    magnitude: of both, in units of Kaiming's bound.
+    """
+
+    magnitude: float = 1.0
+    subtracts: ClassVar[bool] = True
+
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        bound, (key_a, key_b) = self.magnitude / math.sqrt(w.shape[0]), jax.random.split(key)
+        return (jax.random.uniform(key_a, (w.shape[0], rank), minval=-bound, maxval=bound),
+                jax.random.uniform(key_b, (rank, w.shape[1]), minval=-bound, maxval=bound))
+
+
+class MeanGradient(NamedTuple):
+    """total: (in, out), the sum of dL/dW over batches. batches: () their number."""
+
+    total: jax.Array
+    batches: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        return self.total / jnp.maximum(self.batches, 1.0)
+
+
+def mean_gradient() -> Statistic:
+    """The mean of dL/dW over the batches."""
+    return Statistic("gradient", init=lambda n_in, n_out: MeanGradient(jnp.zeros((n_in, n_out)), jnp.zeros(())),
+                     update=lambda state, g: MeanGradient(state.total + g, state.batches + 1.0))
+
+
+def svd(key: jax.Array, w: jax.Array, q: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first q singular triplets of `w` (in, out): (in, q), (q,) descending, (q, out).
+
+    iterations: 0 for the exact decomposition; n for a randomised one with n power iterations from a Gaussian (out, q)
+    drawn from `key` (Halko et al., arXiv 0909.4061, algorithms 4.4 and 5.1), which is torch's ``svd_lowrank``.
+    """
+    if not iterations:
+        u, values, vt = jnp.linalg.svd(w, full_matrices=False)
+        return u[:, :q], values[:q], vt[:q]
+    basis, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], q)))
+    for _ in range(iterations):
+        back, _ = jnp.linalg.qr(w.T @ basis)
+        basis, _ = jnp.linalg.qr(w @ back)
+    u, values, vt = jnp.linalg.svd(basis.T @ w, full_matrices=False)
+    return basis @ u, values, vt
+
+
+def split(u: jax.Array, values: jax.Array, vt: jax.Array, s: Any) -> tuple[jax.Array, jax.Array]:
+    """(A, B) = (u sqrt(values/s), sqrt(values/s) vt), so that ``s A B = u diag(values) vt``."""
+    root = jnp.sqrt(values / s)
+    return u * root[None, :], root[:, None] * vt
