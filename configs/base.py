@@ -79,6 +79,8 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.clip = 1.0
     c.accumulate = 1
     c.label_smoothing = 0.0
+    # neftune: size of the noise on the input embeddings in training, 0 for none.
+    c.neftune = 0.0
     # Further rules, which come before `targets`, in the order of their names: name -> {"paths": a preset or a regex,
     # "name": a variant or "full", and its hyperparameters}.
     c.also = {}

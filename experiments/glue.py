@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 import lorajax as lj
+from experiments.neftune import noisy
 from lorajax import build, config, data
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
@@ -154,7 +155,7 @@ def inputs(batch: data.Batch) -> tuple[Any, Any, Any]:
 
 
 def make_loss(net: Bert, task: data.Task, c: Any) -> Any:
-    train = lj.lift(Bert(net.config, deterministic=False).apply)
+    train = lj.lift(noisy(Bert(net.config, deterministic=False).apply, c.neftune))
 
     def loss(bound: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = train(bound, *inputs(batch), rngs={"dropout": key})

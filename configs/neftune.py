@@ -1,0 +1,23 @@
+r"""NEFTune (arXiv 2310.05914) with LoRA on a GLUE task or on `reviews`, which needs no model hub.
+
+    python -m experiments.glue --config configs/neftune.py
+    python -m experiments.glue --config configs/neftune.py:smoke
+    python -m experiments.glue --config configs/neftune.py:task=rte,alpha=10
+
+`alpha` is the size of the noise on the input embeddings: 5, 10 or 15 in the paper, which tunes instructions; a value
+for classification is not known. Any other config takes it as `--config.neftune=5`. LoRA's own settings are those of
+`configs/lora.py`.
+
+Measured: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import arguments, glue
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = arguments(arg, alpha=5.0)
+    c = glue(args, neftune=args.alpha)
+    c.variant = {"name": "lora", "rank": args.rank, "alpha": 16.0, "dropout": 0.0}
+    return c
