@@ -17,14 +17,19 @@ from lorajax.variants import (
     DoRA,
     GraLoRA,
     HiRA,
+    HydraLoRA,
     KaSA,
     LoHa,
     LoKr,
     LoRA,
+    LoRAXS,
     MiCA,
     MiSS,
+    RandLoRA,
+    ShareLoRA,
     SHiRA,
     SoRA,
+    VBLoRA,
     VeRA,
 )
 
@@ -61,6 +66,8 @@ SLOPE = jnp.float32(np.random.default_rng(5).normal(size=(12, 8)))
 ADALORA = {"A": (12, 4), "E": (4,), "B": (4, 8)}
 LOHA = {"A1": (12, 4), "B1": (4, 8), "A2": (12, 4), "B2": (4, 8)}
 NORMS = {"magnitude": (8,), "weight_norm": (8,)}
+RANDLORA = {"A": (8, 3), "B": (3, 3, 12), "lam": (3, 3), "gamma": (3, 8)}
+VBLORA = {"bank": (6, 4), "logits_A": (4, 3, 6), "logits_B": (2, 4, 6)}
 VERA = {"A": (12, 4), "B": (4, 8), "d": (4,), "b": (8,)}
 
 
@@ -119,16 +126,31 @@ ROWS: dict[str, Row] = {
                 penalised=True),
     "shira": Row("shira", "2406.13175", SHiRA(rank=4), {"values": (80,), "indices": (2, 80)}),
     "vera": Row("vera", "2310.11454", VeRA(rank=4, d_initial=0.5), VERA, drawn=False),
-    "dora-vera": Row("dora", "2402.09353", DoRA(VeRA(rank=4, d_initial=0.5)), VERA | NORMS, drawn=False),
+    "randlora": Row("randlora", "2502.00987", RandLoRA(rank=3, alpha=6.0), RANDLORA, drawn=False),
+    "randlora-root-sparse": Row("randlora", "2502.00987", RandLoRA(rank=3, alpha=6.0, root=True, initializer="sparse"),
+                                RANDLORA, drawn=False, in_model=False),
+    "lora-xs": Row("lora_xs", "2405.17604", LoRAXS(rank=4, sigma=0.1), LORA | {"R": (4, 4)}, identity=False),
+    "lora-xs-randomised": Row("lora_xs", "2405.17604", LoRAXS(rank=4, sigma=0.1, iterations=10), LORA | {"R": (4, 4)},
+                              identity=False, in_model=False),
+    "vb-lora": Row("vb_lora", "2405.15179", VBLoRA(rank=4, num_vectors=6, vector_length=4, bank_bound=0.5), VBLORA,
+                   identity=False),
+    "share-lora": Row("share_lora", "2406.10785", ShareLoRA(rank=4), LORA),
+    "share-lora-ab": Row("share_lora", "2406.10785", ShareLoRA(rank=4, share="ab"), LORA, in_model=False),
+    "hydralora": Row("hydralora", "2404.19245", HydraLoRA(rank=4, heads=3, alpha=4.0),
+                     {"A": (12, 4), "B": (3, 4, 8), "G": (12, 3)}, merges=False),
+    "dora-vera": Row("dora", "2402.09353", DoRA(VeRA(rank=4, d_initial=0.5)), VERA | NORMS, drawn=False,
+                     in_model=False),
 }
 
 
-def started(row: Row, key: jax.Array, w: jax.Array) -> tuple[Any, jax.Array]:
-    """`init` of one matrix, with the data that it reads and the arrays that it would share with others."""
+def started(row: Row, key: jax.Array, w: jax.Array, read: bool = True) -> tuple[Any, jax.Array]:
+    """`init` of one matrix, with the data that it reads and the arrays that it would share with others; read: as it
+    reads them."""
     variant = row.variant
     adapter, w_new = variant.init(key, w, row.stats)
     if any(leaf.shared for leaf in variant.leaves.values()):
-        adapter = adapter._replace(**variant.init_shared(key, *w.shape))
+        shared = variant.init_shared(key, *w.shape)
+        adapter = adapter._replace(**(variant.read_shared(shared, *w.shape) if read else shared))
     return adapter, w_new
 
 

@@ -102,13 +102,16 @@ class Case(NamedTuple):
         of = variant if isinstance(variant, Mapping) else dict.fromkeys(self.targets, variant)
         return lj.adapt(sites, [(path, of[module]) for module, path in self.targets.items()])
 
-    def check(self, variant: Any, *, read: Read | None = None, merged: bool = True, steps: bool = True) -> None:
+    def check(self, variant: Any, *, read: Read | None = None, shared: Any = None, merged: bool = True,
+              steps: bool = True) -> None:
         """Everything that the golden knows of a variant whose adapter is trained at the case's targets.
 
-        Tolerances are those of the goldens' README. Frozen arrays of the adapter are those that `init` makes.
+        Tolerances are those of the goldens' README. Frozen arrays of the adapter are those that `init` makes;
+        shared: those that sites share, slot -> leaf -> array, in their place.
         """
         adapt = self.adapt(variant)
         trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), self.params)
+        frozen = frozen if shared is None else frozen._replace(shared=shared)
         trainable = self.adapters(variant, self.tensors(), trainable, read)
         bind = functools.partial(adapt.bind, frozen=frozen)
         logits = jax.jit(lambda tr: self.logits(bind(tr)))(trainable)

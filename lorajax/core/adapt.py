@@ -276,7 +276,8 @@ def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None, share
                      if isinstance(x, (int, float)) or any(x is y for y in shared.values())})
         return found._replace(**dict.fromkeys(same))
 
-    factors = over_stack(site, one)(adapter, None if w is None else matrix(site, w).astype(jnp.float32))
+    of_each = (adapter, None if w is None else matrix(site, w).astype(jnp.float32))
+    factors = over_stack(site, one)(*of_each) if jax.tree.leaves(of_each) else one(*of_each)  # all of it may be shared
     term = aligned(site, factors._replace(**same))
     return term._replace(gate=Gate(type(variant).gate)) if variant.routed else term
 

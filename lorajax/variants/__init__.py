@@ -11,15 +11,20 @@ from lorajax.variants.delora import DeLoRA
 from lorajax.variants.dora import DoRA
 from lorajax.variants.gralora import GraLoRA
 from lorajax.variants.hira import HiRA
+from lorajax.variants.hydralora import HydraLoRA
 from lorajax.variants.ia3 import IA3
 from lorajax.variants.kasa import KaSA
 from lorajax.variants.loha import LoHa
 from lorajax.variants.lokr import LoKr
 from lorajax.variants.lora import INITIALIZERS, LoRA
+from lorajax.variants.lora_xs import LoRAXS
 from lorajax.variants.mica import MiCA
 from lorajax.variants.miss import MiSS
+from lorajax.variants.randlora import RandLoRA
+from lorajax.variants.share_lora import ShareLoRA
 from lorajax.variants.shira import SHiRA
 from lorajax.variants.sora import SoRA
+from lorajax.variants.vb_lora import VBLoRA
 from lorajax.variants.vera import VeRA
 
 NAMES: Mapping[str, type[Variant]] = MappingProxyType({
@@ -38,6 +43,11 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "sora": SoRA,
     "vera": VeRA,
     "mica": MiCA,
+    "randlora": RandLoRA,
+    "lora_xs": LoRAXS,
+    "vb_lora": VBLoRA,
+    "share_lora": ShareLoRA,
+    "hydralora": HydraLoRA,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
@@ -50,13 +60,18 @@ __all__ = [
     "DoRA",
     "GraLoRA",
     "HiRA",
+    "HydraLoRA",
     "KaSA",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAXS",
     "MiCA",
     "MiSS",
+    "RandLoRA",
     "SHiRA",
+    "ShareLoRA",
     "SoRA",
+    "VBLoRA",
     "VeRA",
 ]

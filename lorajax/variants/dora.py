@@ -72,8 +72,7 @@ class DoRA(Variant):
         inner, w = self.inner.init(key, w, stats)
         norm = jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(w), 0)), SMALLEST)
         adapter = adapter_type(type(inner))(*inner, norm, norm)
-        if any(row.shared for row in self.leaves.values()):  # not here yet; such updates start at 0
-            return adapter, w
+        # Shared arrays are not here yet: an update that does not start at 0 without them raises.
         return adapter._replace(magnitude=norm / self.gain(adapter, w)), w
 
     def factors(self, adapter: Any, w: jax.Array) -> Factors:
@@ -122,6 +121,7 @@ class DoRA(Variant):
             raise ValueError(f"{type(self.of).__name__} scales the weight or has a router, and DoRA(of=...) needs an "
                              f"update that is added to it: wrap LoRA(...) or another additive variant, or use it "
                              f"without DoRA")
+        jax.eval_shape(self.init, jax.random.key(0), w)
 
     def _start(self, key: jax.Array, w: jax.Array, stats: Any) -> Factors:
         inner, _ = self.inner.init(key, w, stats)
