@@ -1,11 +1,13 @@
 """A small regression for controllers: three adapted weights (two in a stack), a head that is trained in full."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from core import jaxprs
 
 import lorajax as lj
 from lorajax.optim import freeze_ranks
@@ -26,14 +28,22 @@ def loss(bound: Any, batch: Any, key: Any) -> tuple[Any, dict[str, Any]]:
     return jnp.mean(jnp.square(lj.lift(fn)(bound, batch["x"]) - batch["y"])), {}
 
 
+@functools.cache
 def adapted(variant: Any) -> Any:
     return lj.adapt(lj.sites(fn, PARAMS, BATCH["x"]), [("head", lj.Full()), (".*", variant)])
+
+
+@functools.cache
+def start(variant: Any) -> tuple[dict[str, Any], Any]:
+    """(trainable, frozen) as `init` makes them."""
+    return jaxprs.jit(adapted(variant).init)(jax.random.key(0), PARAMS)
 
 
 def noisy(trainable: Any, seed: int = 1) -> Any:
     """Arrays away from their start: no B is 0."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.3 * jnp.float32(rng.normal(size=x.shape)), trainable)
+    noise = lambda x: jnp.asarray(x + np.float32(0.3 * rng.normal(size=x.shape)))  # noqa: E731
+    return jax.tree.map(noise, jax.device_get(trainable))
 
 
 class Trainer:
@@ -43,9 +53,11 @@ class Trainer:
         self.adapt = adapted(variant)
         self.controller = make(self.adapt)
         self.tx = optax.chain(tx or optax.adamw(0.02, weight_decay=0.1), freeze_ranks(self.adapt.plan))
-        trainable, self.frozen = jax.jit(self.adapt.init)(jax.random.key(0), PARAMS)
-        self.state = init_state(jax.random.key(1), noisy(trainable), self.tx, self.controller)
-        self.step = make_step(loss, self.adapt, self.tx, self.controller, **step)
+        trainable, self.frozen = start(variant)
+        begin = jaxprs.jit(lambda t: init_state(jax.random.key(1), t, self.tx, self.controller))
+        self.state = begin(noisy(trainable))
+        program = make_step(loss, self.adapt, self.tx, self.controller, **step).__wrapped__
+        self.step = jax.jit(program, donate_argnums=0, compiler_options=jaxprs.FAST)
 
     def run(self, steps: int, batch: Any = BATCH) -> Any:
         """The trainable partition after each step."""

@@ -8,7 +8,7 @@ import pytest
 from controlled import BATCH, Trainer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorajax.control import adalora, dylora, sora
+from lorajax.control import adalora, dylora, sora, sparse
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import AdaLoRA, LoRA, SoRA
 
@@ -17,6 +17,7 @@ ROWS: dict[str, tuple[Any, Any]] = {
     "adalora": (AdaLoRA(rank=4), lambda a: adalora(a, total_steps=STEPS, target_rank=2, t_final=2)),
     "dylora": (LoRA(rank=4), lambda a: dylora(a, seed=3)),
     "sora": (SoRA(rank=4), lambda a: sora(a, total_steps=STEPS, learning_rate=0.02, threshold=[1, 9], first=0.3)),
+    "sparse": (LoRA(rank=4), lambda a: sparse(a, total_steps=STEPS, density=0.2, start=0.2, stop=0.7, stages=3)),
 }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from controlled import BATCH, PARAMS, Trainer, adapted, fn, noisy
+from controlled import BATCH, PARAMS, Trainer, adapted, fn, noisy, start
 
 import lorajax as lj
 from lorajax.control import dylora, rank_masks, truncate
@@ -31,7 +31,7 @@ def test_effective_scale_of_the_worked_example() -> None:
 def test_every_rank_is_a_lora_of_that_rank_in_one_compile() -> None:
     """Masked, merged and truncated, per layer of a stack, against x (W + alpha/k A[:, :k] B[:k]) in numpy."""
     adapt = adapted(LoRA(rank=4, alpha=3.0))
-    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), PARAMS)
+    trainable, frozen = start(LoRA(rank=4, alpha=3.0))
     trainable = noisy(trainable)
     traces = []
 
@@ -115,7 +115,7 @@ def test_strict_does_not_need_a_masking_optimizer() -> None:
     """The controller itself undoes what momentum and decay moved."""
     adapt = adapted(LoRA(rank=4))
     controller = dylora(adapt)
-    old = noisy(jax.jit(adapt.init)(jax.random.key(0), PARAMS)[0])
+    old = noisy(start(LoRA(rank=4))[0])
     new, _ = controller.update(None, old, noisy(old, 2), controller.init(old))
     assert int((np.asarray(new["wide"].A) != old["wide"].A).any(0).sum()) == 1
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from controlled import BATCH, PARAMS, Trainer, adapted, fn, noisy
+from controlled import BATCH, PARAMS, Trainer, adapted, fn, noisy, start
 
 from lorajax import optim
 from lorajax.control import compact, sora
@@ -39,7 +39,7 @@ def test_delta_and_start() -> None:
 
 def test_penalty_is_the_mean_over_all_gates() -> None:
     adapt = adapted(SoRA(rank=4, l1=0.3))
-    trainable = noisy(jax.jit(adapt.init)(jax.random.key(0), PARAMS)[0])
+    trainable = noisy(start(SoRA(rank=4, l1=0.3))[0])
     gates = np.concatenate([np.abs(trainable[path].g).ravel() for path in ("stack", "wide")])
     np.testing.assert_allclose(adapt.penalty(trainable), 0.3 * gates.mean(), rtol=1e-5)
 
@@ -53,7 +53,7 @@ def test_a_run_is_the_numpy_recursion(settings: Any, times_lr: bool) -> None:
     adapt = adapted(SoRA(rank=4))
     controller, tx = make(adapt), optim.sora(rate, adapt=adapt, gate_ratio=2.0, weight_decay=0.3)
     assert controller.settled == 6
-    trainable = noisy(jax.jit(adapt.init)(jax.random.key(0), PARAMS)[0])
+    trainable = noisy(start(SoRA(rank=4))[0])
     state, opt = controller.init(trainable), tx.init(trainable)
     g = np.float64(trainable["stack"].g)
     m, v, zeros = np.zeros_like(g), np.zeros_like(g), []
@@ -89,7 +89,7 @@ def test_a_run_is_the_numpy_recursion(settings: Any, times_lr: bool) -> None:
 
 def test_factors_and_head_have_adamw_with_decay() -> None:
     adapt = adapted(SoRA(rank=4))
-    trainable = noisy(jax.jit(adapt.init)(jax.random.key(0), PARAMS)[0])
+    trainable = noisy(start(SoRA(rank=4))[0])
     grads = noisy(jax.tree.map(jnp.zeros_like, trainable), 2)
     with jax.numpy_dtype_promotion("standard"):
         ours, plain = (jax.jit(lambda g, p, tx=tx: tx.update(g, tx.init(p), p)[0])(grads, trainable)
@@ -108,7 +108,7 @@ def test_spacings() -> None:
 
 def test_compact_leaves_plain_lora_with_the_same_output() -> None:
     adapt = adapted(SoRA(rank=4, alpha=3.0, dropout=0.1))
-    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), PARAMS)
+    trainable, frozen = start(SoRA(rank=4, alpha=3.0, dropout=0.1))
     trainable = noisy(trainable)
     gates = {"stack": [[0, 2, 0, -1], [0, 0, 0, 0.5]], "wide": [0, 0, 3, 0]}
     trainable |= {path: trainable[path]._replace(g=jnp.float32(g)) for path, g in gates.items()}

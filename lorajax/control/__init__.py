@@ -21,6 +21,7 @@ from lorajax.control.ranks import allocate, with_ranks
 from lorajax.control.reduce import ReduceState, reduce
 from lorajax.control.relora import ReLoRAState, relora
 from lorajax.control.sora import sora
+from lorajax.control.sparse import prune, sparse
 
 NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
     "identity": lambda adapt, *, total_steps: identity(),
@@ -29,12 +30,14 @@ NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
     "relora": relora,
     "reduce": reduce,
     "sora": sora,
+    "sparse": sparse,
 })
 """Name -> ``(adapt, *, total_steps, **settings) -> Controller``. One that has a parameter `learning_rate` or `seed` is
 told the run's."""
 
 __all__ = [
     "NAMES", "AdaLoRAState", "Controller", "ReLoRAState", "ReduceState", "Restart", "adalora", "allocate",
-    "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance", "rank_masks",
-    "reduce", "relora", "smoothed_sensitivity", "sora", "spectra", "stable_rank", "truncate", "with_ranks",
+    "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance", "prune",
+    "rank_masks", "reduce", "relora", "smoothed_sensitivity", "sora", "sparse", "spectra", "stable_rank",
+    "truncate", "with_ranks",
 ]
