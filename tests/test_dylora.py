@@ -30,8 +30,8 @@ def test_effective_scale_of_the_worked_example() -> None:
 
 def test_every_rank_is_a_lora_of_that_rank_in_one_compile() -> None:
     """Masked, merged and truncated, per layer of a stack, against x (W + alpha/k A[:, :k] B[:k]) in numpy."""
-    adapt = adapted(LoRA(rank=4, alpha=3.0))
-    trainable, frozen = start(LoRA(rank=4, alpha=3.0))
+    variant = LoRA(rank=4, alpha=3.0, initializer="orthogonal")  # which could not start at an odd rank
+    adapt, (trainable, frozen) = adapted(variant), start(variant)
     trainable = noisy(trainable)
     traces = []
 
@@ -168,6 +168,7 @@ def test_one_training_is_of_use_at_every_rank() -> None:
         (LoRA(rank=4), {"probabilities": (1, 2)}, r"=\(1, 2\) must be 4 numbers, one for each rank 1\.\.4"),
         (LoRA(rank=4), {"probabilities": (0, 0, 0, 0)}, "not all 0"),
         (LoRA(rank=4), {"ranks": (0, 4)}, r"rank=0 is outside 1\.\.4"),
+        (LoRA(rank=4, initializer="pissa"), {}, r"stack: a LoRA .* A, B, A0, B0, whose parts are no smaller adapters"),
         (AdaLoRA(rank=4), {}, r"found no LoRA site; the rules made AdaLoRA, Full.*control\.identity"),
     ],
 )

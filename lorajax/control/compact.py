@@ -60,7 +60,8 @@ def truncate(adapted: Adapt, trainable: dict[str, Any], rank: int) -> tuple[Adap
     def smaller(path: str, variant: Any, adapter: Any) -> tuple[Any, Any]:
         if path not in cut:
             return variant, adapter
-        return replace(variant, rank=rank), LoRAAdapter(adapter.A[..., :rank], adapter.B[..., :rank, :])
+        plain = replace(variant, rank=rank, initializer="kaiming", fold=False)  # how it began no longer matters
+        return plain, LoRAAdapter(adapter.A[..., :rank], adapter.B[..., :rank, :])
 
     return _rebuilt(adapted, trainable, smaller)
 
