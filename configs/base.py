@@ -84,6 +84,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     # Further rules, which come before `targets`, in the order of their names: name -> {"paths": a preset or a regex,
     # "name": a variant or "full", and its hyperparameters}.
     c.also = {}
+    # Adapters of earlier runs on the same base, frozen and summed with the new one (O-LoRA). folders: <run>/adapter,
+    # separated by commas. orth, l2: weights of the penalties.
+    c.earlier = {"folders": "", "orth": 0.5, "l2": 0.0}
     # Controller: a row of lorajax.control.NAMES with its settings.
     c.controller = {"name": "identity"}
     # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     # What is adapted: decided by rules on the traced model, shown before anything is computed.
     one = batches["train"].batch(0, 0)
     sites = lj.sites(model.net.apply, model.variables, *inputs(one))
-    adapt = lj.adapt(sites, build.rules(c, model))
+    adapt = build.after(c, lj.adapt(sites, build.rules(c, model)), model)
     print(adapt)
     trainable, frozen = jax.jit(adapt.init)(adapter_key, model.variables)
     trained = sum(x.size for x in jax.tree.leaves(trainable))

@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 from lorajax import control, data, optim
 from lorajax.config import ConfigError, choose, nearest
 from lorajax.core.adapt import Adapt
+from lorajax.core.adapt import adapt as make_adapt
 from lorajax.core.rules import PRESETS, Rule
 from lorajax.core.variant import Full, Variant
-from lorajax.io import assets, hf
+from lorajax.io import adapter, assets, hf
 from lorajax.io.fingerprint import fingerprint
 from lorajax.models import Bert, BertConfig, params_from_hf
-from lorajax.variants import NAMES
+from lorajax.variants import NAMES, o_lora
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -156,6 +157,18 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
     others = [config.also[name].to_dict() for name in sorted(config.also)]
     also: list[Rule] = [(fields.pop("paths"), _variant(fields)) for fields in others]
     return [*head, *also, (".*" if targets == "all" else targets, variant(config))]
+
+
+def after(config: ConfigDict, adapt: Adapt, model: Model) -> Adapt:
+    """`adapt` with the adapters of `config.earlier.folders` under it (O-LoRA), `adapt` itself if there are none."""
+    c, found = config.earlier, []
+    for folder in filter(None, c.folders.split(",")):
+        kept = {re.escape(path): v for path, v in adapter.plan(folder).items() if isinstance(v, Variant)}
+        old = make_adapt(adapt.sites, list(kept.items()))
+        trainable, frozen = old.shapes
+        arrays = [adapter.load(folder, part, base=model.fingerprint) for part in (trainable, old.kept(frozen))]
+        found.append(o_lora.Earlier(old, arrays[0], old.frozen(model.variables, arrays[1])))
+    return o_lora.after(adapt, found, orth=c.orth, l2=c.l2) if found else adapt
 
 
 def total_steps(config: ConfigDict, per_epoch: int) -> int:

@@ -11,6 +11,7 @@ from tiny import glue_folder, model_folder
 
 import lorajax as lj
 from lorajax import build, config, control
+from lorajax.io import adapter
 from lorajax.variants import AdaLoRA, DoRA, bitfit, ia3, layernorm
 from lorajax.variants import full as full_page
 
@@ -271,6 +272,25 @@ def test_a_wrapper_shares_its_hyperparameters_with_what_it_wraps():
             build.variant(c)
         with c.unlocked():
             del c.variant[name]
+
+
+def test_adapters_of_earlier_runs_are_summed_and_avoided(files, tmp_path):
+    c = parse(files, "o_lora", ",rank=2,targets=qv", f"--config.earlier.folders={tmp_path / 'adapter'}")
+    _, model, _, adapt = adapted(c)
+    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), model.variables)
+    path = "params/layer_1/attention/value/kernel"
+    rng = np.random.default_rng(0)
+    loud = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), trainable)
+    adapter.save(tmp_path / "adapter", adapt.plan, loud, adapt.kept(frozen), base=model.fingerprint)
+    joined = build.after(c, adapt, model)
+    old = loud[path]
+    merged = joined.merge(trainable, frozen)["params"]["layer_1"]["attention"]["value"]["kernel"]
+    np.testing.assert_allclose(merged, frozen.base[path] + 8.0 * old.A @ old.B, rtol=1e-4, atol=1e-4)
+    want = sum(0.5 * np.abs(loud[p].A.T @ trainable[p].A).sum() for p in adapt.plan if "attention" in p)
+    np.testing.assert_allclose(joined.penalty(trainable), want, rtol=1e-4)
+    assert build.after(parse(files, "o_lora"), adapt, model) is adapt
+    with pytest.raises(adapter.AdapterMismatch, match="this base has other"):
+        build.after(c, adapt, model._replace(fingerprint="other"))
 
 
 def test_targets_may_be_a_regex_and_must_match(files):

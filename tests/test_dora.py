@@ -259,6 +259,16 @@ def test_magnitude_alone() -> None:
     np.testing.assert_allclose(got, model.fn({**params, "w": jnp.float32(want)}, model.x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_around_a_start_that_is_taken_off_again(fold: bool) -> None:
+    """PiSSA inside: A and B are large, W' is W and m is ||W||."""
+    variant, w = DoRA(LoRA(rank=2, initializer="pissa", fold=fold)), normal(6, 8)
+    adapter, base = variant.init(jax.random.key(0), w)
+    assert np.abs(adapter.A @ adapter.B).max() > 0.1
+    np.testing.assert_allclose(base + variant.delta(adapter, base), w, atol=1e-5)
+    np.testing.assert_allclose(adapter.magnitude, np.linalg.norm(w, axis=0), rtol=1e-5)
+
+
 def test_it_stands_for_what_it_wraps() -> None:
     variant = DoRA(LoRA(rank=4, dropout=0.25))
     assert (variant.rank, variant.dropout, variant.factored) == (4, 0.25, True)

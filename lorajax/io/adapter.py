@@ -75,6 +75,20 @@ def load(folder: str | Path, trainable: Any, base: str = "") -> Any:
     return jax.tree_util.tree_map_with_path(pick, trainable)
 
 
+def plan(folder: str | Path) -> dict[str, Any]:
+    """site path -> Variant or Full of a saved adapter: what `save` was given as `plan`."""
+    kinds = {**NAMES, "full": Full}
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, dict) or "variant" not in value:
+            return value
+        if value["variant"] not in kinds:
+            raise AdapterMismatch(f"{folder} holds a {value['variant']!r}; there are {', '.join(kinds)}")
+        return kinds[value["variant"]](**{name: made(x) for name, x in value.items() if name != "variant"})
+
+    return {path: made(site) for path, site in json.loads((Path(folder) / _CONFIG).read_text())["sites"].items()}
+
+
 def _arrays(tree: Any) -> dict[str, Any]:
     """{'<site>.<field>': array}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
