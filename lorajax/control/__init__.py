@@ -17,6 +17,7 @@ from lorajax.control.importance import (
     spectra,
     stable_rank,
 )
+from lorajax.control.increlora import IncreLoRAState, increlora
 from lorajax.control.ranks import allocate, with_ranks
 from lorajax.control.reduce import ReduceState, reduce
 from lorajax.control.relora import ReLoRAState, relora
@@ -27,6 +28,7 @@ NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
     "identity": lambda adapt, *, total_steps: identity(),
     "adalora": adalora,
     "dylora": dylora,
+    "increlora": increlora,
     "relora": relora,
     "reduce": reduce,
     "sora": sora,
@@ -36,8 +38,8 @@ NAMES: Mapping[str, Callable[..., Controller]] = MappingProxyType({
 told the run's."""
 
 __all__ = [
-    "NAMES", "AdaLoRAState", "Controller", "ReLoRAState", "ReduceState", "Restart", "adalora", "allocate",
-    "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance", "prune",
-    "rank_masks", "reduce", "relora", "smoothed_sensitivity", "sora", "sparse", "spectra", "stable_rank",
-    "truncate", "with_ranks",
+    "NAMES", "AdaLoRAState", "Controller", "IncreLoRAState", "ReLoRAState", "ReduceState", "Restart", "adalora",
+    "allocate", "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance",
+    "increlora", "prune", "rank_masks", "reduce", "relora", "smoothed_sensitivity", "sora", "sparse", "spectra",
+    "stable_rank", "truncate", "with_ranks",
 ]

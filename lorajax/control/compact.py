@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from lorajax.control.dylora import rank_masks
 from lorajax.core.adapt import Adapt, adapt
 from lorajax.core.variant import Full, Variant
-from lorajax.variants.adalora import AdaLoRA
+from lorajax.variants.adalora import AdaLoRA, AdaLoRAAdapter
 from lorajax.variants.dora import DoRA
+from lorajax.variants.increlora import IncreLoRA
 from lorajax.variants.lora import LoRA, LoRAAdapter
 from lorajax.variants.sora import SoRA
 
@@ -24,13 +25,16 @@ def compact(adapted: Adapt, trainable: dict[str, Any]) -> tuple[Adapt, dict[str,
     partition.
 
     The frozen partition serves both. The scale stays that of the initial rank: `AdaLoRA.init_rank`, and in what SoRA
-    becomes, plain LoRA with ``A diag(g)`` for A, an alpha that is lower in proportion to the rank. A site without a
+    becomes, plain LoRA with ``A diag(g)`` for A, an alpha that is lower in proportion to the rank. IncreLoRA becomes
+    AdaLoRA of the rank that it grew to, or the largest of a stack, the layers' own scales in E. A site without a
     component left loses its adapter (AdaLoRA inside DoRA keeps one, since the magnitude stays); the layers of a stacked
     site keep one common rank, the largest, filled up with components that are 0. Needs concrete arrays: call it outside
     of jit. ValueError if nothing at all is left.
     """
 
     def smaller(path: str, variant: Any, adapter: Any) -> tuple[Any, Any] | None:
+        if isinstance(variant, IncreLoRA):
+            return _grown(variant, adapter)
         inner = variant.inner if isinstance(variant, DoRA) else variant
         if not isinstance(inner, AdaLoRA) and not isinstance(variant, SoRA):
             return variant, adapter
@@ -78,6 +82,15 @@ def _rebuilt(adapted: Adapt, trainable: dict[str, Any],
     if not rules:
         raise ValueError("every E or gate is 0: nothing is left to compact. AdaLoRA that has not trained yet starts so")
     return adapt(adapted.sites, rules, adapted.dtype), small
+
+
+def _grown(variant: IncreLoRA, adapter: Any) -> tuple[AdaLoRA, AdaLoRAAdapter]:
+    ranks = variant.initial + jnp.round(adapter.n)[..., None]
+    rank = int(ranks.max())
+    active = jax.lax.broadcasted_iota(ranks.dtype, adapter.E.shape, adapter.E.ndim - 1) < ranks
+    e = jnp.where(active, adapter.E * (rank + 1e-5) / (ranks + 1e-5), 0.0)[..., :rank]
+    fixed = AdaLoRA(rank=rank, alpha=variant.alpha, orth=variant.orth, dropout=variant.dropout)
+    return fixed, AdaLoRAAdapter(adapter.A[..., :rank], e, adapter.B[..., :rank, :])
 
 
 def _first(a: jax.Array, e: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -13,6 +13,7 @@ from lorajax.variants.gralora import GraLoRA
 from lorajax.variants.hira import HiRA
 from lorajax.variants.hydralora import HydraLoRA
 from lorajax.variants.ia3 import IA3
+from lorajax.variants.increlora import IncreLoRA
 from lorajax.variants.kasa import KaSA
 from lorajax.variants.loha import LoHa
 from lorajax.variants.lokr import LoKr
@@ -30,6 +31,7 @@ from lorajax.variants.vera import VeRA
 NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "lora": LoRA,
     "adalora": AdaLoRA,
+    "increlora": IncreLoRA,
     "dora": DoRA,
     "loha": LoHa,
     "lokr": LoKr,
@@ -61,6 +63,7 @@ __all__ = [
     "GraLoRA",
     "HiRA",
     "HydraLoRA",
+    "IncreLoRA",
     "KaSA",
     "LoHa",
     "LoKr",
