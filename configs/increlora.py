@@ -22,6 +22,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     grow = max(args.rank // 2, 1)
     c.variant = {"name": "increlora", "rank": 1 + 8 * grow, "alpha": 16.0, "initial": 1, "reserve": grow, "orth": 0.1,
                  "dropout": 0.0}  # fmt: skip
-    c.controller = {"name": "increlora", "target_rank": args.rank, "warmup": 0.1, "interval": 0.07, "top_h": 9,
-                    "beta1": 0.85, "beta2": 0.85}  # fmt: skip
+    c.controller = {"name": "increlora", "target_rank": args.rank, "warmup": 0.1, "interval": 0.07,
+                    "top_h": 36 if args.smoke else 9, "beta1": 0.85, "beta2": 0.85}  # fmt: skip
     return c

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,17 @@ import pytest
 
 from lorajax.core.masks import Mask
 from lorajax.core.variant import FullAdapter, Leaf
-from lorajax.optim import adamw, freeze_ranks, groups, lora_fa, lora_fa_projected, lora_plus, project_b, warmup_schedule
+from lorajax.optim import (
+    NAMES,
+    adamw,
+    freeze_ranks,
+    groups,
+    lora_fa,
+    lora_fa_projected,
+    lora_plus,
+    project_b,
+    warmup_schedule,
+)
 from lorajax.variants import AdaLoRA, LoRA
 from lorajax.variants.adalora import AdaLoRAAdapter
 from lorajax.variants.lora import LoRAAdapter
@@ -298,6 +309,30 @@ def test_adamw_decays_no_bias_and_no_norm() -> None:
 
 
 # PEFT
+
+
+def test_lora_plus_golden() -> None:
+    """Five steps of PEFT's create_loraplus_optimizer on a tiny Llama: ratio 8, decay 0.01; losses and last tensors."""
+    case = golden.load("loraplus_llama")
+    case.check(LoRA(rank=4, alpha=8.0), steps=False)
+    adapt = case.adapt(LoRA(rank=4, alpha=8.0))
+    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), case.params)
+    trainable = case.adapters(LoRA(rank=4), case.tensors(), trainable)
+    settings = case.info["optimizer"]
+    tx = NAMES["lora_plus"](settings["lr"], adapt=adapt, weight_decay=settings["loraplus_weight_decay"],
+                            ratio=settings["loraplus_lr_ratio"])
+    step = jax.jit(jax.value_and_grad(lambda tr: case.loss(adapt.bind(tr, frozen))))
+    update, state, losses = jax.jit(tx.update), tx.init(trainable), []
+    for _ in range(settings["steps"]):
+        loss, grads = step(trainable)
+        losses.append(loss)
+        updates, state = update(grads, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    losses.append(step(trainable)[0])
+    np.testing.assert_allclose(losses, case.expected["train_losses"], atol=1e-4)
+    after = {name.removeprefix("after5/base_model.model."): x for name, x in case.expected.items() if "after5/" in name}
+    want = case.adapters(LoRA(rank=4), after, trainable)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), trainable, want)
 
 
 @pytest.mark.peft
