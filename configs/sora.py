@@ -8,8 +8,7 @@ r"""SoRA (arXiv 2311.11696) on a GLUE task or on `reviews`, which needs no model
 (`ranks_kept` in the log), and `lorajax.control.compact` folds the others into plain LoRA. From the scripts: rank 8,
 alpha 16, all linear layers, weight decay 0.1, warm-up 0.06, gradients clipped at 0.1, the gates' learning rate that of
 all (`gate_ratio` 1). Their threshold is constant (`times_lr=False`, `threshold=1e-3` or 3e-4, `prox=official`); the
-paper's, the default, is the learning rate times `threshold`, which no source states: ours takes away a share of the
-gates that a constant 3e-4 would.
+paper's, the default, is the learning rate times `threshold`, whose value no source states: 1 is ours, not tuned.
 
 The sparsifying schedule, for example: --config.controller.levels=7 --config.controller.max_threshold=4
 

@@ -89,6 +89,19 @@ def test_every_config_makes_rules_an_optimizer_and_a_controller(files, traced, n
     build.controller(c, adapt, 100)
 
 
+def test_a_controller_is_told_the_seed_and_the_learning_rate_of_the_run(files, traced):
+    model, sites = traced
+    for seed in (0, 5):
+        c = parse(files, "dylora", "", f"--config.seed={seed}")
+        state = build.controller(c, lj.adapt(sites, build.rules(c, model)), 100).init({})
+        assert jnp.array_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(seed)))
+    c = parse(files, "sora", "", "--config.controller.threshold=2")
+    adapt = lj.adapt(sites, build.rules(c, model))
+    controller, zeros = build.controller(c, adapt, 100), jax.tree.map(lambda x: jnp.zeros(x.shape), adapt.shapes[0])
+    _, state = controller.update(None, None, zeros, controller.init(zeros)._replace(step=jnp.int32(53)))
+    np.testing.assert_allclose(state.threshold, 2 * c.lr * 0.5, rtol=1e-6)  # half-way from step 6, the end of warm-up
+
+
 def of_config(files, traced, name, arg=""):
     model, sites = traced
     plan = dict(lj.adapt(sites, build.rules(parse(files, name, arg), model)).plan)
