@@ -9,7 +9,22 @@ import pytest
 
 import lorajax as lj
 from lorajax.core.variant import Variant
-from lorajax.variants import AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiSS, SHiRA, VeRA
+from lorajax.variants import (
+    AdaLoRA,
+    DeLoRA,
+    DoRA,
+    GraLoRA,
+    HiRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiCA,
+    MiSS,
+    RandLoRA,
+    SHiRA,
+    VBLoRA,
+    VeRA,
+)
 
 Shapes = Mapping[str, tuple[int, int]]
 # layers, and the adapted weights of one
@@ -21,7 +36,7 @@ SQUARE: Shapes = dict.fromkeys(["query", "key", "value", "output"], (768, 768))
 DEBERTA_BASE: tuple[int, Shapes] = (12, {**SQUARE, "up": (768, 3072), "down": (3072, 768)})
 
 
-def count(model: tuple[int, Shapes], variant: Variant) -> int:
+def adapted(model: tuple[int, Shapes], variant: Variant) -> lj.Adapt:
     layers, weights = model
     struct = jax.ShapeDtypeStruct
     params = {name: struct((layers, *shape), jnp.float32) for name, shape in weights.items()}
@@ -33,8 +48,7 @@ def count(model: tuple[int, Shapes], variant: Variant) -> int:
         return jax.lax.scan(layer, jnp.zeros(()), params)[0]
 
     inputs = {name: struct((1, shape[0]), jnp.float32) for name, shape in weights.items()}
-    adapt = lj.adapt(lj.sites(fn, params, inputs), [(".*", variant)])
-    return adapt.count()
+    return lj.adapt(lj.sites(fn, params, inputs), [(".*", variant)])
 
 
 @pytest.mark.parametrize(("model", "variant", "published"), [
@@ -44,7 +58,10 @@ def count(model: tuple[int, Shapes], variant: Variant) -> int:
     (LLAMA_3B, LoRA(rank=64, rslora=True), 18_350_080),
     (LLAMA_3B_MLP, LoRA(rank=10), 9_461_760),
     (LLAMA_3B, DoRA(LoRA(rank=32)), 9_289_728),
+    (LLAMA_3B, MiCA(rank=32), 5_505_024),
     (LLAMA_3B, VeRA(rank=256), 129_024),
+    (LLAMA_3B, RandLoRA(rank=32), 9_289_728),
+    (LLAMA_3B, VBLoRA(rank=4, num_vectors=256, vector_length=256), 1_212_416),
     (LLAMA_3B, DeLoRA(rank=32), 9_175_096),
     (LLAMA_3B, LoHa(rank=32), 18_350_080),
     (LLAMA_3B, LoKr(rank=32, factor=4), 2_294_656),
@@ -62,4 +79,11 @@ def count(model: tuple[int, Shapes], variant: Variant) -> int:
     (DEBERTA_BASE, LoRA(rank=8), 1_327_104),
 ], ids=str)  # fmt: skip
 def test_published_count(model: tuple[int, Shapes], variant: Variant, published: int) -> None:
-    assert count(model, variant) == published
+    assert adapted(model, variant).count() == published
+
+
+def test_lora_fa_trains_b_alone() -> None:
+    """A stays among the trainable arrays, where a projected LoRA-FA reads it; its optimizer moves label b alone."""
+    adapt = adapted(LLAMA_3B, LoRA(rank=32, freeze_a=True))
+    labels, shapes = jax.tree.leaves(adapt.labels), jax.tree.leaves(adapt.shapes[0])
+    assert sum(x.size for label, x in zip(labels, shapes, strict=True) if label == "b") == 3_670_016
