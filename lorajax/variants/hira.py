@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorajax.core.variant import Leaf, Variant
 from lorajax.variants.kaiming import kaiming
-from lorajax.variants.lora import LoRAAdapter
+
+
+class HiRAAdapter(NamedTuple):
+    """A: (in, rank). B: (rank, out)."""
+
+    A: jax.Array
+    B: jax.Array
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,15 @@ class HiRA(Variant):
         "B": Leaf("b", ("rank", "out"), peft="hira_B"),
     }
 
-    def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[LoRAAdapter, jax.Array]:
+    def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[HiRAAdapter, jax.Array]:
         """Returns (A, B) with A B = 0, and `w` itself."""
         (n_in, n_out), r = w.shape, self.rank
         if self.initializer == "embedding":
-            return LoRAAdapter(jnp.zeros((n_in, r)), jax.random.normal(key, (r, n_out))), w
+            return HiRAAdapter(jnp.zeros((n_in, r)), jax.random.normal(key, (r, n_out))), w
         a = kaiming(key, (n_in, r), n_in) if self.initializer == "kaiming" else jax.random.normal(key, (n_in, r)) / r
-        return LoRAAdapter(a, jnp.zeros((r, n_out))), w
+        return HiRAAdapter(a, jnp.zeros((r, n_out))), w
 
-    def delta(self, adapter: LoRAAdapter, w: jax.Array) -> jax.Array:
+    def delta(self, adapter: HiRAAdapter, w: jax.Array) -> jax.Array:
         """W * (s A B)."""
         with jax.default_matmul_precision("highest"):
             return self.s * w * (adapter.A @ adapter.B)
