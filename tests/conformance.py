@@ -124,7 +124,7 @@ ROWS: dict[str, Row] = {
     "delora-residual": Row("delora", "2503.18225", DeLoRA(rank=4, strength=2.0, initializer="residual"),
                            LORA | {"lam": (), "norm": (12,), "A0": (12, 4), "B0": (4, 8)}, in_model=False),
     "ia3": Row("ia3", "2205.05638", IA3(), {"l_out": (8,)}, drawn=False, lr=0.1),
-    "ia3-in": Row("ia3", "2205.05638", IA3(side="in"), {"l_in": (12,)}, drawn=False, lr=0.1),
+    "ia3-in": Row("ia3", "2205.05638", IA3(side="in"), {"l_in": (12,)}, drawn=False, in_model=False),
     "kasa": Row("kasa", "2412.06071", KaSA(rank=4), LORA | {"d": (4,), "A0": (12, 4), "B0": (4, 8)}, identity=False,
                 penalised=True),
     "shira": Row("shira", "2406.13175", SHiRA(rank=4), {"values": (80,), "indices": (2, 80)}),
