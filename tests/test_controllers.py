@@ -8,17 +8,28 @@ import pytest
 from controlled import BATCH, Trainer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorajax.control import adalora, dylora, sora, sparse
+from lorajax.control import NAMES, adalora, dylora, increlora, reduce, sora, sparse
 from lorajax.train.checkpoint import Checkpoints
-from lorajax.variants import AdaLoRA, LoRA, SoRA
+from lorajax.variants import AdaLoRA, IncreLoRA, LoRA, SoRA
 
 STEPS = 6
 ROWS: dict[str, tuple[Any, Any]] = {
     "adalora": (AdaLoRA(rank=4), lambda a: adalora(a, total_steps=STEPS, target_rank=2, t_final=2)),
+    "increlora": (IncreLoRA(rank=4, reserve=1),
+                  lambda a: increlora(a, total_steps=STEPS, target_rank=2, warmup=1, interval=2, top_h=2)),
+    "reduce": (LoRA(rank=4), lambda a: reduce(a, total_steps=STEPS, final=2, t_initial=1, t_final=1)),
     "dylora": (LoRA(rank=4), lambda a: dylora(a, seed=3)),
     "sora": (SoRA(rank=4), lambda a: sora(a, total_steps=STEPS, learning_rate=0.02, threshold=[1, 9], first=0.3)),
     "sparse": (LoRA(rank=4), lambda a: sparse(a, total_steps=STEPS, density=0.2, start=0.2, stop=0.7, stages=3)),
 }
+
+
+ELSEWHERE = {"identity", "relora"}
+"""One does nothing; one acts between steps: test_relora.py."""
+
+
+def test_every_controller_has_a_row() -> None:
+    assert set(ROWS) == set(NAMES) - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", ROWS)
