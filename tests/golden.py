@@ -157,6 +157,17 @@ def load(name: str, **overrides: Any) -> Case:
     return Case(folder, info, expected, model, params, inputs, jnp.asarray(arrays["labels"].astype(np.int32)), paths)
 
 
+def variables(model: nn.Module, *inputs: Any, scale: float = 0.3, seed: int = 0) -> Any:
+    """Normal random variables of the shapes that `model.init(key, *inputs)` would give; variances positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, like: Any) -> jax.Array:
+        x = rng.normal(0, scale, like.shape).astype(np.float32)
+        return jnp.asarray(np.abs(x) + 0.5 if path[-1].key == "var" else x)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), *inputs))
+
+
 def adamw(step: Callable[[Any], tuple[jax.Array, Any]], trainable: Any, settings: Mapping[str, Any]) -> np.ndarray:
     """The losses before each step of `settings['steps']` AdamW steps, and after the last."""
     tx = optax.adamw(settings["lr"], *settings["betas"], eps=settings["eps"], weight_decay=settings["weight_decay"])

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,22 +40,26 @@ def test_deberta_equals_transformers(tmp_path: Path) -> None:
 def test_disentangled_attention_by_hand() -> None:
     """Equation 4 of arXiv:2006.03654 in loops, distances short enough to be their own buckets."""
     config = DebertaConfig(vocab_size=5, hidden_size=6, num_layers=1, num_heads=2, intermediate_size=4, buckets=8,
-                           max_distance=16, initializer_range=0.5)  # fmt: skip
+                           max_distance=16)  # fmt: skip
     module, t = DisentangledAttention(config, True), 4
     x, positions = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((0, (1, t, 6)), (1, (16, 6))))
     mask = jnp.ones((1, 1, 1, t), bool)
-    variables = module.init(jax.random.key(2), x, mask, positions)
-    have = module.apply(variables, x, mask, positions)
-    p = {name: np.asarray(part["kernel"]) for name, part in variables["params"].items()}
+    variables = golden.variables(module, x, mask, positions, scale=0.5)
+    have = jax.jit(module.apply)(variables, x, mask, positions)
+    layers = {name: jax.tree.map(np.asarray, part) for name, part in variables["params"].items()}
+
+    def by(name: str, x: Any) -> np.ndarray:
+        return x @ layers[name]["kernel"] + layers[name]["bias"]
+
     x_, r, out = np.asarray(x[0]), np.asarray(positions), np.zeros((t, 6))
     for head in range(2):
         part = slice(3 * head, 3 * head + 3)
-        q, k, v = ((x_ @ p[name])[:, part] for name in ("query", "key", "value"))
-        rq, rk = ((r @ p[name])[:, part] for name in ("query", "key"))
+        q, k, v = (by(name, x_)[:, part] for name in ("query", "key", "value"))
+        rq, rk = (by(name, r)[:, part] for name in ("query", "key"))
         score = [[q[i] @ k[j] + q[i] @ rk[8 + i - j] + k[j] @ rq[8 + i - j] for j in range(t)] for i in range(t)]
         weights = np.exp(np.asarray(score) / np.sqrt(9))
         out[:, part] = weights / weights.sum(1, keepdims=True) @ v
-    np.testing.assert_allclose(have[0], out @ p["output"], atol=1e-5)
+    np.testing.assert_allclose(have[0], by("output", out), atol=1e-5)
 
 
 def test_distances_are_logarithmic_and_antisymmetric() -> None:
@@ -66,12 +71,12 @@ def test_distances_are_logarithmic_and_antisymmetric() -> None:
 
 
 def test_options_and_checkpoint() -> None:
-    config = DebertaConfig.from_hf(V3, num_labels=1, scan_layers=True, remat="full", initializer_range=0.3)
+    config = DebertaConfig.from_hf(V3, num_labels=1, scan_layers=True, remat="full")
     ids = jax.random.randint(jax.random.key(0), (2, 9), 1, 61)
-    variables = jax.jit(Deberta(config).init)(jax.random.key(1), ids)
+    variables = golden.variables(Deberta(config), ids)
     plain = dataclasses.replace(config, scan_layers=False, remat="none")
-    want = Deberta(plain).apply(unstack_layers(variables), ids)
-    np.testing.assert_allclose(Deberta(config).apply(variables, ids), want, atol=1e-5)
+    want = jax.jit(Deberta(plain).apply)(unstack_layers(variables), ids)
+    np.testing.assert_allclose(jax.jit(Deberta(config).apply)(variables, ids), want, atol=1e-5)
     tensors = params_to_hf(config, variables)
     assert "deberta.encoder.layer.1.attention.self.query_proj.weight" in tensors
     again = params_from_hf(config, tensors).variables

