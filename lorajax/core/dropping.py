@@ -1,4 +1,5 @@
-"""The dropouts of an adapter in training: of its input's elements, of rank components, of the whole adapter."""
+"""The dropouts of an adapter in training: of its input's elements, of rank components, of inputs and outputs for all
+tokens, of the whole adapter."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from lorajax.core.variant import Variant, may_drop
 def dropping(term: Term, site: Site, choice: Variant, key: jax.Array) -> Term:
     """The term with the variant's dropouts on, each drawn on its own from `key`, one draw per matrix of the site.
 
-    An element of the input is dropped where the term meets it (`contract.dropped`); a rank component by the scale e;
-    a whole adapter by e and by its scale of the weight, which becomes 1.
+    An element of the input is dropped where the term meets it (`contract.dropped`); a rank component by the scale e; an
+    input in a and an output by the scale o; a whole adapter by e and by its scale of the weight, which becomes 1.
     """
     if may_drop(choice.dropout):
         keys = jax.random.split(key, site.stack_shape) if site.stack_axes else key
@@ -24,6 +25,11 @@ def dropping(term: Term, site: Site, choice: Variant, key: jax.Array) -> Term:
         shape = (*site.stack_shape, term.a.size(RANK))
         on = kept(choice.rank_dropout, jax.random.fold_in(key, 1), shape) / (1.0 - choice.rank_dropout)
         term = _scaled(term, Factor(on, (*site.stack_axes, RANK)))
+    if term.a is not None and may_drop(choice.unit_dropout):
+        a, o = (Factor(kept(choice.unit_dropout, jax.random.fold_in(key, 3 + i), tuple(site.shape[d] for d in dims))
+                       / (1.0 - choice.unit_dropout), dims)
+                for i, dims in enumerate(((*site.stack_axes, *site.in_axes), (*site.stack_axes, *site.out_axes))))
+        term = term._replace(a=term.a.times(a), o=o if term.o is None else term.o.times(o))
     if may_drop(choice.module_dropout):
         whole = Factor(kept(choice.module_dropout, jax.random.fold_in(key, 2), site.stack_shape), site.stack_axes)
         term = term if term.a is None else _scaled(term, whole)

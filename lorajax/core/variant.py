@@ -96,12 +96,15 @@ class Variant(abc.ABC):
     `delta` (it has not: LoHa, LoKr, sparse updates). One with shared leaves defines `init_shared` as well, one that
     weighs its rank components per token `gate`.
 
-    Every variant has two options by keyword, which act in training only, once per matrix and step:
+    Every variant has three options by keyword, which act in training only, once per matrix and step:
     rank_dropout: probability of dropping a rank component; those kept are multiplied by 1 / (1 - rank_dropout).
+    unit_dropout: probability of dropping a row of A, and likewise a column of B, for all tokens; those kept are
+    multiplied by 1 / (1 - unit_dropout) (LoRA Dropout, arXiv 2404.09610; its ensemble is `bind` with several keys).
     module_dropout: probability of leaving the whole adapter out, without rescaling (as in LyCORIS).
     """
 
     rank_dropout: float | jax.Array = field(default=0.0, kw_only=True)
+    unit_dropout: float | jax.Array = field(default=0.0, kw_only=True)
     module_dropout: float | jax.Array = field(default=0.0, kw_only=True)
 
     leaves: ClassVar[Mapping[str, Leaf]]
@@ -217,13 +220,16 @@ class Variant(abc.ABC):
         if rank is not None and rank > min(n_in, n_out) and not self.any_rank:
             raise ValueError(f"rank={rank} is outside 1..{min(n_in, n_out)}, the limit of a ({n_in}, {n_out}) weight: "
                              f"lower the rank by a rule for this path")
-        for name in ("dropout", "rank_dropout", "module_dropout"):
+        for name in ("dropout", "rank_dropout", "unit_dropout", "module_dropout"):
             value = getattr(self, name)
             if isinstance(value, (int, float)) and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}={value} is not a probability in [0, 1)")
         if may_drop(self.rank_dropout) and not (self.factored and any("rank" in x.axes for x in self.leaves.values())):
             raise ValueError(f"rank_dropout={self.rank_dropout}, but {type(self).__name__} has no rank components to "
                              f"drop: set rank_dropout=0")
+        if may_drop(self.unit_dropout) and not self.factored:
+            raise ValueError(f"unit_dropout={self.unit_dropout}, but {type(self).__name__} has no factors with rows and "
+                             f"columns to drop: set unit_dropout=0")
 
 
 def may_drop(rate: float | jax.Array) -> bool:

@@ -110,9 +110,10 @@ class DoRA(Variant):
         """Raises ValueError where `of` does, and for one that is not additive."""
         super().check(n_in, n_out)
         self.inner.check(n_in, n_out)
-        if may_drop(self.inner.rank_dropout) or may_drop(self.inner.module_dropout):
-            raise ValueError(f"rank_dropout={self.inner.rank_dropout} and module_dropout={self.inner.module_dropout} "
-                             f"of {type(self.of).__name__} inside DoRA have no effect: give them to DoRA itself")
+        for name in ("rank_dropout", "unit_dropout", "module_dropout"):
+            if may_drop(getattr(self.inner, name)):
+                raise ValueError(f"{name}={getattr(self.inner, name)} of {type(self.of).__name__} inside DoRA has no "
+                                 f"effect: give it to DoRA itself")
         w = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
         read = self.inner.statistic
         stats = read and jax.eval_shape(functools.partial(read.init, n_in, n_out))

@@ -14,10 +14,12 @@ import pytest
 from jax import lax
 
 import lorajax as lj
+from lorajax.core.bound import dense, is_bound
 from lorajax.core.variant import Factors, Leaf, Variant
 
 from . import jaxprs, probe
 from .case import normal
+from .models import CASES
 from .probe import Probe
 from .test_lift_cases import weighted
 
@@ -225,6 +227,31 @@ def test_drops_are_functions_of_the_key_alike_in_a_loop_and_a_scan(option: str):
     assert len(np.unique(np.asarray(term.e.array)[:, 0 if option == "module_dropout" else slice(None)], axis=0)) > 1
 
 
+def test_unit_dropout_drops_rows_of_a_and_columns_of_b():
+    """Each draw is W + D_in A B D_out / (1 - p)^2, D_in and D_out diagonal zeros and ones with a share p of zeros."""
+    params, x, rate = {"w": normal(8, 12)}, jnp.eye(8), 0.25
+    lifted, trainable = bound(linear, Probe(3, unit_dropout=rate), params, x)
+    samples = np.asarray(jaxprs.jit(jax.vmap(partial(lifted, trainable)))(
+        jax.random.split(jax.random.key(0), 512)), np.float64)
+    a, b = (np.asarray(v, np.float64) for v in trainable["w"])
+    kept = (samples - np.asarray(params["w"], np.float64)) / (0.5 * a @ b) * (1 - rate)**2
+    rows, columns = kept.max(2) > 0.5, kept.max(1) > 0.5
+    np.testing.assert_allclose(kept, rows[:, :, None] & columns[:, None, :], atol=1e-3)
+    for on in (rows, columns):
+        assert np.abs(on.mean(0) - (1 - rate)).max() <= 5 * np.sqrt(rate * (1 - rate) / 512)
+
+
+@pytest.mark.parametrize("name", ["linen_conv_grouped", "linen_attention", "linen_scan"])
+def test_unit_dropout_on_other_weights_merges_to_the_same(name: str):
+    """Kernels of more dimensions and convolutions: the lifted model is the plain one with the bound weights merged."""
+    case = CASES[name]
+    fn, params, args, _ = case.built
+    adapt = lj.adapt(lj.sites(fn, params, *args), [(".*kernel", Probe(unit_dropout=0.4))])
+    bound = adapt.bind(*probe.init(adapt, params), key=jax.random.key(2))
+    merged = jax.tree.map(lambda w: dense(w) if is_bound(w) else w, bound, is_leaf=is_bound)
+    assert probe.error(jaxprs.jit(lj.lift(fn, strict=True))(bound, *args), jaxprs.jit(fn)(merged, *args)) <= 1e-4
+
+
 def bound(fn: Callable[..., Any], variant: Variant, params: Any, x: jax.Array) -> tuple[Any, Any]:
     """((trainable, key) -> output, trainable)"""
     adapt = lj.adapt(lj.sites(fn, params, x), [(".*", variant)])
@@ -235,6 +262,8 @@ def bound(fn: Callable[..., Any], variant: Variant, params: Any, x: jax.Array) -
 @pytest.mark.parametrize(
     ("variant", "words"),
     [(Probe(rank_dropout=1.0), r"rank_dropout=1.0 is not a probability"),
+     (Probe(unit_dropout=1.5), r"unit_dropout=1.5 is not a probability"),
+     (Bare(unit_dropout=0.1), r"w .*unit_dropout=0.1, but Bare has no factors.*set unit_dropout=0"),
      (Probe(module_dropout=-0.1), r"module_dropout=-0.1 is not a probability"),
      (Bare(rank_dropout=0.1), r"w .*rank_dropout=0.1, but Bare has no rank components to drop: set rank_dropout=0")])
 def test_bad_rates_are_refused(variant: Variant, words: str):
