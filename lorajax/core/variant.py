@@ -228,8 +228,8 @@ class Variant(abc.ABC):
             raise ValueError(f"rank_dropout={self.rank_dropout}, but {type(self).__name__} has no rank components to "
                              f"drop: set rank_dropout=0")
         if may_drop(self.unit_dropout) and not self.factored:
-            raise ValueError(f"unit_dropout={self.unit_dropout}, but {type(self).__name__} has no factors with rows and "
-                             f"columns to drop: set unit_dropout=0")
+            raise ValueError(f"unit_dropout={self.unit_dropout}, but {type(self).__name__} has no factors with rows "
+                             f"and columns to drop: set unit_dropout=0")
 
 
 def may_drop(rate: float | jax.Array) -> bool:

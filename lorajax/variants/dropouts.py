@@ -7,8 +7,8 @@
   2404.09610, from memory of the paper; its ensemble at test time is the mean over several keys of ``bind(key=...)``).
 - `module_dropout`: the whole adapter of a matrix, without scaling (LyCORIS).
 
-The work is done by `lorajax.core.dropping`; `rank_dropout`, `unit_dropout` and `module_dropout` are drawn once per matrix
-and step. Inside DoRA they belong to DoRA itself: the norm is that of the whole update.
+The work is done by `lorajax.core.dropping`; the last three are drawn once per matrix and step. Inside DoRA they are
+options of DoRA itself: the norm is that of the whole update.
 
 Config: `configs/lora_dropout.py`.
 """
