@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lorajax.core.variant import Factors, Leaf, Variant
+from lorajax.variants.initializer import svd
+
+OVERSAMPLES = 10
+"""Directions that the randomised decomposition follows beyond the rank, as scikit-learn's."""
 
 
 class LoRAXSAdapter(NamedTuple):
@@ -28,7 +31,7 @@ class LoRAXS(Variant):
     rank: r; the paper has 4 to 25 for GLUE and 16 to 64 for large models. alpha: 16 in its GLUE runs.
     sigma: standard deviation of R's start, so small that the start is nearly the identity.
     iterations: 0 for an exact decomposition; n for a randomised one with n power iterations, of which the released code
-    takes 10. Its random draw has a fixed seed.
+    takes 10. Its random draw has a fixed seed, not the run's key.
     dropout: probability of dropping an input element on the branch through A, in training only.
 
     A and B are saved with the adapter: a decomposition repeated elsewhere may differ in its signs.
@@ -49,8 +52,9 @@ class LoRAXS(Variant):
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[LoRAXSAdapter, jax.Array]:
         """Returns A, R ~ N(0, sigma^2), B, and `w` itself."""
         with jax.default_matmul_precision("highest"):
-            u, s, vt = truncated(w, self.rank, self.iterations)
-        return LoRAXSAdapter(u * s[None, :], self.sigma * jax.random.normal(key, (self.rank, self.rank)), vt), w
+            u, s, vt = svd(jax.random.key(0), w, min(self.rank + OVERSAMPLES, *w.shape), self.iterations)
+        r = self.rank
+        return LoRAXSAdapter(u[:, :r] * s[None, :r], self.sigma * jax.random.normal(key, (r, r)), vt[:r]), w
 
     def factors(self, adapter: LoRAXSAdapter, w: Any) -> Factors:
         """a = A, b = R B, s."""
@@ -62,16 +66,3 @@ class LoRAXS(Variant):
         if self.iterations < 0:
             raise ValueError(f"iterations={self.iterations} is below 0: 0 decomposes exactly, n by n power iterations")
 
-
-def truncated(w: jax.Array, rank: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U (in, rank), S (rank,), V^T (rank, out): exact, or from a random range of rank + 10 dimensions."""
-    if iterations:
-        span = min(rank + 10, *w.shape)
-        q, _ = jnp.linalg.qr(w @ jax.random.normal(jax.random.key(0), (w.shape[1], span)))
-        for _ in range(iterations):
-            q, _ = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])
-        u, s, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
-        u = q @ u
-    else:
-        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    return u[:, :rank], s[:rank], vt[:rank]
