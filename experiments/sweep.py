@@ -284,7 +284,7 @@ def assemble(group: sweep.Group, c: ConfigDict, found: build.Data) -> Any:
         trained = sum(x.size for x in jax.tree.leaves(trainable))
         tx, controller = build.optimizer(own, adapt, model, total), build.controller(own, adapt, total)
         if "variant.rank" in group.differ:
-            trainable = {path: widen(a, adapt.plan[path].leaves, c.variant.rank) for path, a in trainable.items()}
+            trainable |= {p: widen(trainable[p], choice.leaves, c.variant.rank) for p, choice in adapt.plan.items()}
         start = jax.jit(lambda k, t, tx=tx, controller=controller: init_state(k, t, tx, controller))
         state = start(train_key, trainable)
         members.append(Member(launch, folder_of(launch), state, frozen, adapt.plan, adapt.kept(frozen),
@@ -360,7 +360,7 @@ def narrow(trainable: Any, plan: dict[str, Any]) -> Any:
 
         return arrays._replace(**{name: one(name, x) for name, x in arrays._asdict().items()})
 
-    return {path: cut(path, arrays) for path, arrays in trainable.items()}
+    return {path: cut(path, arrays) if path in plan else arrays for path, arrays in trainable.items()}
 
 
 def failed(group: sweep.Group, error: Exception) -> None:

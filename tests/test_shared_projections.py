@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lorajax as lj
+from lorajax import control
 from lorajax.core.variant import Variant
 from lorajax.io import adapter as files
 from lorajax.variants import DoRA, HydraLoRA, LoRA, LoRAXS, RandLoRA, ShareLoRA, VBLoRA, VeRA
@@ -119,6 +120,12 @@ def test_projections_come_from_their_own_seed(make: Any) -> None:
                                                  (make(rank=4, projection_key=1), 0)))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two_))
     assert not any(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_the_spectrum_of_a_shared_projection() -> None:
+    trainable, frozen, found = deltas(VeRA(rank=3, d_initial=1.0))
+    for path, sigma in control.spectra(lj.adapt(SITES, [(".*", VeRA(rank=3))]), trainable, frozen).items():
+        close(sigma, np.linalg.svd(found[path], compute_uv=False)[:3])
 
 
 def test_vera_with_and_without_dora_read_one_projection() -> None:

@@ -102,14 +102,16 @@ def spectra(adapt: Any, trainable: Any, frozen: Any) -> dict[str, jax.Array]:
     for path, choice in adapt.plan.items():
         if isinstance(choice, Full):
             continue
-        if not choice.factored or choice.reads_weight:
+        if not choice.factored or choice.reads_weight or choice.routed:
             raise ValueError(f"{path}: the update of {type(choice).__name__} is no product of two factors, so its "
                              f"spectrum takes the dense update: use numpy.linalg.svd on delta, or leave the site out")
         adapter = trainable[path]
         if path in frozen.aux:
             halves = zip(adapter, frozen.aux[path], strict=True)
             adapter = type(adapter)(*[train if fixed is None else fixed for train, fixed in halves])
-        found[path] = over_stack(adapt.sites[path], lambda one, choice=choice: _spectrum(choice, one))(adapter)
+        shared = adapt.shared(path, trainable, frozen)
+        of_one = lambda one, choice=choice, shared=shared: _spectrum(choice, one._replace(**shared))  # noqa: E731
+        found[path] = over_stack(adapt.sites[path], of_one)(adapter)
     return found
 
 
@@ -135,7 +137,7 @@ def energy_rank(sigma: jax.Array, share: float = 0.9) -> jax.Array:
 
 
 def _spectrum(choice: Any, adapter: Any) -> jax.Array:
-    a, b, _, _, s = choice.factors(adapter, None)
+    a, b, _, _, s, *_ = choice.factors(adapter, None).folded()
     with jax.default_matmul_precision("highest"):
         core = jnp.linalg.qr(_wide(a), mode="r") @ jnp.linalg.qr(_wide(b).T, mode="r").T
     sigma = jnp.linalg.svd(core, compute_uv=False)

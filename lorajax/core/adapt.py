@@ -136,6 +136,15 @@ class Adapt:
         return Frozen(base, {path: x for path, x in kept.items() if path not in self.slots},
                       {name: x for name, x in shared.items() if x})
 
+    def shared(self, path: str, trainable: Mapping[str, Any], frozen: Frozen) -> dict[str, jax.Array]:
+        """leaf -> the array of its slot as the site at `path` reads it, without a stack; {} where nothing is shared."""
+        site, choice = self.sites[path], self.plan[path]
+        name = "" if isinstance(choice, Full) else f"shared:{choice.slot}"
+        if isinstance(choice, Full) or name not in self.slots:
+            return {}
+        arrays = {**trainable.get(name, {}), **frozen.shared.get(name, {})}
+        return choice.read_shared(arrays, site.n_in, site.n_out)
+
     def bind(self, trainable: Mapping[str, Any], frozen: Frozen, *, key: jax.Array | None = None,
              masks: Mapping[str, Any] | None = None, onto: Any = None) -> Any:
         """The params tree with a `Bound` node for each adapted weight: what `lift(fn)` takes for `params`.
@@ -161,8 +170,7 @@ class Adapt:
                 continue
             site, weight = self.sites[path], leaves[path]
             w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
-            name = f"shared:{choice.slot}"
-            shared = {**trainable.get(name, {}), **frozen.shared.get(name, {})} if name in self.slots else {}
+            shared = self.shared(path, trainable, frozen)
             if choice.factored:
                 leaves[path] = Bound(w, (*terms, self._term(site, choice, adapter, w, shared, key)), path)
             else:
@@ -267,7 +275,6 @@ def blank(site: Site, statistic: Statistic) -> Any:
 def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None, shared: dict[str, jax.Array]) -> Term:
     """The variant's factors for every matrix of the site, aligned. What does not differ between them does not get a
     stack dimension: a scale that is a Python number, a factor that is a shared array itself."""
-    shared = variant.read_shared(shared, site.n_in, site.n_out) if shared else {}
     same: dict[str, Any] = {}
 
     def one(adapter: Any, w: Any) -> Any:
@@ -288,7 +295,6 @@ _shared_term = jax.jit(_term, static_argnums=(0, 1))
 
 def _delta(variant: Variant, site: Site, adapter: Any, w: jax.Array, shared: dict[str, jax.Array]) -> jax.Array:
     """(stack..., in, out): the update of a variant that has no factors."""
-    shared = variant.read_shared(shared, site.n_in, site.n_out) if shared else {}
     one = over_stack(site, lambda adapter, m: variant.delta(adapter._replace(**shared), m))
     return one(adapter, matrix(site, w).astype(jnp.float32))
 
