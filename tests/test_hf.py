@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lorajax.io import hf
-from lorajax.io.hf import open_checkpoint
+from lorajax.io.hf import open_checkpoint, save_checkpoint
 
 BERT = Path(__file__).parent / "goldens" / "bases" / "bert_a"
 
@@ -145,3 +145,19 @@ def test_a_tensor_in_two_shards_and_an_empty_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="has no 'weight_map'"):
         open_checkpoint(tmp_path)
+
+
+def test_saved_folder_is_read_again(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": rng.normal(size=(4, i + 1)).astype(np.float32) for i in range(5)}
+    tensors["half"] = np.ones((3,), jnp.bfloat16)
+    for name, size, files in (("one", 10**6, 1), ("sharded", 100, 3)):
+        folder = save_checkpoint(tmp_path / name, {"model_type": "test"}, tensors, shard_bytes=size)
+        assert len(list(folder.glob("*.safetensors"))) == files and not list(tmp_path.glob("*.part"))
+        config, again = open_checkpoint(folder)
+        assert config == {"model_type": "test"} and set(again) == set(tensors)
+        for key, array in tensors.items():
+            assert again[key].dtype == array.dtype
+            np.testing.assert_array_equal(again[key], array)
+    with pytest.raises(FileExistsError, match="exists already: remove it"):
+        save_checkpoint(tmp_path / "one", {}, tensors)

@@ -207,3 +207,22 @@ def test_member_equals_transformers(name: str, tmp_path: Path) -> None:
     if name != "dynamic":
         out, _ = jax.jit(model.apply, static_argnames="method")(variables, ids, cache, mask, method="decode")
         close(out, want, mask, 2e-5)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("name", ["qwen2", "mixtral"])
+def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
+    """A model with changed weights, saved in shards."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: peft)")
+    from lorajax.io.hf import open_checkpoint, save_checkpoint
+
+    model_type, settings = MEMBERS[name]
+    theirs = torch_models.build("AutoModelForCausalLM", model_type, **(SMALL | settings))
+    model, variables = torch_models.ours(theirs, tmp_path / "theirs")
+    changed = jax.tree.map(lambda x: x * 1.1 + 0.01, variables)
+    config, _ = open_checkpoint(tmp_path / "theirs")
+    save_checkpoint(tmp_path / "ours", config, params_to_hf(model.config, changed), shard_bytes=20_000)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    ids = np.random.default_rng(0).integers(3, 61, (2, 8))
+    have = torch_models.apply(model, changed, jnp.asarray(ids))
+    np.testing.assert_allclose(have, torch_models.run(loaded, input_ids=ids), atol=5e-5)

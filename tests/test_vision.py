@@ -45,7 +45,7 @@ def test_vision_round_trip_and_a_fresh_head(name: str) -> None:
 
 
 def test_training_uses_the_batch_and_moves_the_running_statistics() -> None:
-    """By hand: the stem's batch mean and variance are those of its convolution's output, and a tenth of them moves in."""
+    """By hand: the stem's batch mean and variance are its convolution's; a tenth of them moves in."""
     config = ResNetConfig(sizes=(4,), depths=(1,), stem_size=4, kind="basic", num_labels=3)
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
     variables = golden.variables(ResNet(config), x)

@@ -1,4 +1,4 @@
-"""Reads a pretrained model's folder in the Hugging Face layout: config.json and safetensors, one file or sharded.
+"""A pretrained model's folder in the Hugging Face layout: config.json and safetensors, one file or sharded.
 
 Tensors are read one at a time, when they are asked for. Pickled weights (`.bin`, `.pt`) are refused: loading them can
 run code.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy, for safetensors)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -83,6 +85,47 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if pickles:
         raise ValueError(_pickled(pickles[0]))
     raise FileNotFoundError(f"{str(folder)!r} has neither {WEIGHTS} nor {INDEX}; it holds {_listing(folder)}")
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes a folder that `open_checkpoint` and `transformers` load; all of it appears at once, or nothing.
+
+    config: the dictionary of config.json. tensors: name -> array (`lorajax.models.params_to_hf`), read one shard at a
+    time; shards of at most `shard_bytes` (a larger tensor has one to itself) where one file would be larger.
+    Error: FileExistsError if the folder is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{str(folder)!r} exists already: remove it, or save elsewhere")
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in tensors:
+        more = int(np.asarray(tensors[name]).nbytes)
+        if shards[-1] and size + more > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + more, total + more
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        save_file(arrays, part / file, metadata={"format": "pt"})  # transformers asks for this word
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (part / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (part / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.rename(part, folder)
+    return folder
 
 
 def _sharded(folder: Path) -> dict[str, Path]:
