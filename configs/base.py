@@ -87,6 +87,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     # Adapters of earlier runs on the same base, frozen and summed with the new one (O-LoRA). folders: <run>/adapter,
     # separated by commas. orth, l2: weights of the penalties.
     c.earlier = {"folders": "", "orth": 0.5, "l2": 0.0}
+    # Ranks by importance: budget, the average rank of a matrix, is shared out by the scores of the first batches
+    # (lorajax.control.importance), 0 for the same rank everywhere. keep: `alpha` or the `scale` stays.
+    c.ranks = {"budget": 0.0, "metric": "gradient_norm", "batches": 8, "minimum": 1, "keep": "alpha"}
     # Controller: a row of lorajax.control.NAMES with its settings.
     c.controller = {"name": "identity"}
     # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.

@@ -20,7 +20,7 @@ import optax
 
 import lorajax as lj
 from experiments.neftune import noisy
-from lorajax import build, config, data
+from lorajax import build, config, control, data
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
 from lorajax.io.assets import cache_folder
@@ -53,7 +53,10 @@ def main(argv: list[str]) -> None:
     # What is adapted: decided by rules on the traced model, shown before anything is computed.
     one = batches["train"].batch(0, 0)
     sites = lj.sites(model.net.apply, model.variables, *inputs(one))
-    adapt = build.after(c, lj.adapt(sites, build.rules(c, model)), model)
+    adapt = lj.adapt(sites, build.rules(c, model))
+    if c.ranks.budget:
+        adapt = by_importance(c, adapt, model, found.task, batches, adapter_key)
+    adapt = build.after(c, adapt, model)
     print(adapt)
     trainable, frozen = jax.jit(adapt.init)(adapter_key, model.variables)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
@@ -152,6 +155,21 @@ def main(argv: list[str]) -> None:
 
 def inputs(batch: data.Batch) -> tuple[Any, Any, Any]:
     return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+
+
+def by_importance(c: Any, adapt: Any, model: build.Model, task: data.Task, batches: Any, key: jax.Array) -> Any:
+    # A rank per site, in proportion to its score at the start, from the gradients of the first batches.
+    loss = make_loss(model.net, task, c)
+    trainable, frozen = jax.jit(adapt.init)(key, model.variables)
+
+    def gradient(trainable: Any, batch: Any, frozen: Any) -> Any:
+        return jax.grad(lambda tr: loss(adapt.bind(tr, frozen), batch, key)[0])(trainable)
+
+    first = [batches["train"].batch(0, i) for i in range(min(c.ranks.batches, len(batches["train"])))]
+    scores = control.importance(adapt, gradient, trainable, first, c.ranks.metric, rest=(frozen,))
+    matrices = sum(adapt.sites[path].extent(adapt.sites[path].stack_axes) for path in scores)
+    ranks = control.allocate(adapt, scores, ranks=round(c.ranks.budget * matrices), minimum=c.ranks.minimum)
+    return lj.adapt(adapt.sites, control.with_ranks(adapt, ranks, keep=c.ranks.keep), adapt.dtype)
 
 
 def make_loss(net: Bert, task: data.Task, c: Any) -> Any:

@@ -41,7 +41,7 @@ NUMBERS = ("seed", "lr", "head_lr", "weight_decay", "variant.alpha", "variant.dr
 RANKS = ("variant.rank", "args.rank")
 RANKED = ("lora",)
 # What only a run of its own can do.
-ALONE = ("calibrate", "relora")
+ALONE = ("calibrate",)
 
 
 class Member(NamedTuple):
@@ -125,8 +125,13 @@ def done(folder: Path) -> bool:
     return (folder / "summary.json").exists() or (folder / "failed.json").exists()
 
 
+def by_itself(c: ConfigDict) -> bool:
+    first_steps = any(c.get(key) for key in ALONE) or c.ranks.budget > 0 or bool(c.earlier.folders)
+    return first_steps or c.controller.name == "relora"
+
+
 def plan(launches: list[config.Launch], size: int) -> list[sweep.Group]:
-    alone = [one for one in launches if any(one.config.get(key) for key in ALONE)]
+    alone = [one for one in launches if by_itself(one.config)]
     ranked = [one for one in launches if one not in alone and one.config.variant.name in RANKED]
     rest = [one for one in launches if one not in alone and one not in ranked]
     size = size or 32

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_glue import files, own_cache, words  # noqa: F401
 
 import lorajax as lj
-from lorajax import control
+from experiments import glue
+from lorajax import build, config, control
 from lorajax.control.importance import METRICS
+from lorajax.core.sites import by_path
 from lorajax.variants import AdaLoRA, DoRA, LoRA
 
 R = 3
@@ -225,3 +228,28 @@ def test_ranks_become_rules() -> None:
 def test_budget_errors(scores: Any, budget: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         control.allocate(flat(FLAT), scores, **budget)
+
+
+def test_the_experiment_shares_out_its_budget_by_gradient_norm(files, tmp_path) -> None:  # noqa: F811
+    """Against the gradients G of the weights themselves, by the chain rule of s A B."""
+    asked = words(files, tmp_path, "ranks", ",rank=2,targets=qv", "--config.ranks.batches=2")
+    c = config.parse(asked, workdir="").config
+    found = build.load_data(c)
+    net = build.load_model(c, found.task, jax.random.key(0))
+    batches = build.batches(c, build.tokens(c, found, net.folder))
+    one = batches["train"].batch(0, 0)
+    adapt = lj.adapt(lj.sites(net.net.apply, net.variables, *glue.inputs(one)), build.rules(c, net))
+    ranked = glue.by_importance(c, adapt, net, found.task, batches, jax.random.key(1))
+    ranks = {path: v.rank for path, v in ranked.plan.items() if isinstance(v, LoRA)}
+    assert sum(ranks.values()) == 2 * 4
+    assert {v.scale for v in ranked.plan.values() if isinstance(v, LoRA)} == {8.0}
+    assert [path for path in ranked.plan if path not in ranks] == ["params/classifier/bias", "params/classifier/kernel"]
+    trainable, _ = adapt.init(jax.random.key(1), net.variables)
+    loss = glue.make_loss(net.net, found.task, c)
+    total = dict.fromkeys(ranks, 0.0)
+    dense = jax.jit(jax.grad(lambda params, batch: loss(params, batch, jax.random.key(0))[0]))
+    for i in range(2):
+        g = by_path(dense(net.variables, batches["train"].batch(0, i)))[0]
+        for path in total:  # B = 0: the gradient of B is s A^T G, and that of A is 0
+            total[path] += np.linalg.norm(8.0 * np.float64(trainable[path].A).T @ np.float64(g[path])) / 2
+    assert ranks == control.allocate(adapt, total, ranks=8)

@@ -6,6 +6,7 @@ matrices, so its score is the mean over them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from lorajax.control.adalora import moving_averages
 from lorajax.core.layout import over_stack
-from lorajax.core.variant import Full
+from lorajax.core.variant import Factors, Full
 
 
 def gradient_norm(adapter: Any, grads: Any) -> jax.Array:
@@ -36,17 +37,19 @@ METRICS: Mapping[str, Callable[[Any, Any], jax.Array]] = {
     "gradient_norm": gradient_norm, "fisher": fisher, "sensitivity": sensitivity,
 }
 
-Gradient = Callable[[Any, Any], Any]
-"""(trainable, batch) -> gradients like trainable."""
+Gradient = Callable[..., Any]
+"""(trainable, batch, *rest) -> gradients like trainable."""
 
 
 def importance(adapt: Any, gradient: Gradient, trainable: Any, batches: Iterable[Any], metric: str = "gradient_norm",
-               *, per_example: bool = False, by_size: bool = False) -> dict[str, float]:
+               *, rest: tuple[Any, ...] = (), per_example: bool = False, by_size: bool = False) -> dict[str, float]:
     """site path -> score, the mean over `batches`, for every site that has an adapter.
 
     metric: a row of `METRICS`. per_example: score each example alone (leaves of a batch have a leading axis of them),
     as the Fisher matrix is defined; without it the gradient of a batch's mean is scored, which is what is mostly done.
     by_size: divide by the square root of the number of elements, so that a wide site does not win by its width.
+    rest: further arguments of `gradient`. What is large (the frozen partition) goes here: arrays that `gradient` closes
+    over become constants of the program.
 
     In a fresh LoRA B is 0 and with it A's gradient, so all sensitivities are 0: use ``gradient_norm``, or train first.
     ValueError for an unknown metric or for no batch.
@@ -54,29 +57,30 @@ def importance(adapt: Any, gradient: Gradient, trainable: Any, batches: Iterable
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} is unknown; there are {', '.join(METRICS)}")
 
-    def one(batch: Any) -> dict[str, jax.Array]:
-        return _scores(adapt, METRICS[metric], trainable, gradient(trainable, batch), by_size)
+    def one(trainable: Any, batch: Any, *rest: Any) -> dict[str, jax.Array]:
+        return _scores(adapt, METRICS[metric], trainable, gradient(trainable, batch, *rest), by_size)
 
-    def each(batch: Any) -> dict[str, jax.Array]:
+    def each(trainable: Any, batch: Any, *rest: Any) -> dict[str, jax.Array]:
         rows = jax.tree.map(lambda x: x[:, None], batch)
-        return jax.tree.map(jnp.mean, jax.vmap(one)(rows))
+        return jax.tree.map(jnp.mean, jax.vmap(lambda row: one(trainable, row, *rest))(rows))
 
     score = jax.jit(each if per_example else one)
-    scores = [score(batch) for batch in batches]
+    scores = [score(trainable, batch, *rest) for batch in batches]
     if not scores:
         raise ValueError("no batch to score: give at least one")
     return {path: float(sum(found[path] for found in scores)) / len(scores) for path in scores[0]}
 
 
 def smoothed_sensitivity(adapt: Any, gradient: Gradient, trainable: Any, batches: Iterable[Any], *,
-                         beta1: float = 0.85, beta2: float = 0.85, by_size: bool = False) -> dict[str, float]:
+                         rest: tuple[Any, ...] = (), beta1: float = 0.85, beta2: float = 0.85,
+                         by_size: bool = False) -> dict[str, float]:
     """site path -> AdaLoRA's score (arXiv 2303.10512, equations 8 to 10) over `batches` in their order: the moving
     average of |w g| times that of its deviation, element by element, then summed."""
     paths = [path for path, choice in adapt.plan.items() if not isinstance(choice, Full)]
 
     @jax.jit
-    def step(batch: Any, averages: Any) -> Any:
-        grads = gradient(trainable, batch)
+    def step(trainable: Any, batch: Any, averages: Any, *rest: Any) -> Any:
+        grads = gradient(trainable, batch, *rest)
         sensed = {path: jax.tree.map(lambda w, g: jnp.abs(_wide(w) * _wide(g)), trainable[path], grads[path])
                   for path in paths}
         mean, deviation = averages
@@ -85,7 +89,7 @@ def smoothed_sensitivity(adapt: Any, gradient: Gradient, trainable: Any, batches
     zeros = {path: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable[path]) for path in paths}
     averages, count = (zeros, zeros), 0
     for count, batch in enumerate(batches, start=1):  # noqa: B007
-        averages = step(batch, averages)
+        averages = step(trainable, batch, averages, *rest)
     if not count:
         raise ValueError("no batch to score: give at least one")
     product = jax.jit(lambda mean, deviation: _scores(adapt, sensitivity, mean, deviation, by_size))
@@ -102,16 +106,13 @@ def spectra(adapt: Any, trainable: Any, frozen: Any) -> dict[str, jax.Array]:
     for path, choice in adapt.plan.items():
         if isinstance(choice, Full):
             continue
-        if not choice.factored or choice.reads_weight or choice.routed:
-            raise ValueError(f"{path}: the update of {type(choice).__name__} is no product of two factors, so its "
-                             f"spectrum takes the dense update: use numpy.linalg.svd on delta, or leave the site out")
         adapter = trainable[path]
         if path in frozen.aux:
             halves = zip(adapter, frozen.aux[path], strict=True)
             adapter = type(adapter)(*[train if fixed is None else fixed for train, fixed in halves])
         shared = adapt.shared(path, trainable, frozen)
-        of_one = lambda one, choice=choice, shared=shared: _spectrum(choice, one._replace(**shared))  # noqa: E731
-        found[path] = over_stack(adapt.sites[path], of_one)(adapter)
+        spectrum = functools.partial(_spectrum, path, choice, shared)
+        found[path] = over_stack(adapt.sites[path], spectrum)(adapter)
     return found
 
 
@@ -136,8 +137,13 @@ def energy_rank(sigma: jax.Array, share: float = 0.9) -> jax.Array:
     return jnp.where(energy[..., -1] > 0, jnp.minimum(below + 1, sigma.shape[-1]), 0)
 
 
-def _spectrum(choice: Any, adapter: Any) -> jax.Array:
-    a, b, _, _, s, *_ = choice.factors(adapter, None).folded()
+def _spectrum(path: str, choice: Any, shared: Any, adapter: Any) -> jax.Array:
+    plain = choice.factored and not choice.reads_weight and not choice.routed
+    update = choice.factors(adapter._replace(**shared), None).folded() if plain else Factors()
+    a, b, s = update.a, update.b, update.s
+    if a is None or b is None or update.g is not None or update.g_in is not None:
+        raise ValueError(f"{path}: the update of {type(choice).__name__} is no product of two factors, so its spectrum "
+                         f"takes the dense update: use numpy.linalg.svd on delta, or leave the site out")
     with jax.default_matmul_precision("highest"):
         core = jnp.linalg.qr(_wide(a), mode="r") @ jnp.linalg.qr(_wide(b).T, mode="r").T
     sigma = jnp.linalg.svd(core, compute_uv=False)
