@@ -84,8 +84,8 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     # Further rules, which come before `targets`, in the order of their names: name -> {"paths": a preset or a regex,
     # "name": a variant or "full", and its hyperparameters}.
     c.also = {}
-    # Adapters of earlier runs on the same base, frozen and summed with the new one (O-LoRA). folders: <run>/adapter,
-    # separated by commas. orth, l2: weights of the penalties.
+    # Adapters of earlier runs on the same base, frozen and summed with the new one (O-LoRA). folders: <run>/adapter
+    # (several as in PATH). orth, l2: weights of the penalties.
     c.earlier = {"folders": "", "orth": 0.5, "l2": 0.0}
     # Ranks by importance: budget, the average rank of a matrix, is shared out by the scores of the first batches
     # (lorajax.control.importance), 0 for the same rank everywhere. keep: `alpha` or the `scale` stays.

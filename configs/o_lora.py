@@ -4,8 +4,8 @@ r"""O-LoRA (arXiv 2310.14152): tasks of GLUE one after another, each orthogonal 
     python -m experiments.glue --config configs/o_lora.py:task=rte --config.earlier.folders=<run of sst2>/adapter
     python -m experiments.glue --config configs/o_lora.py:smoke
 
-Without `earlier.folders` it is LoRA: the first task. Later ones name the `adapter` folders of all before, separated by
-commas; heads are per task. The paper's recipe is for T5-large: rank 8 per task, learning rate 1e-3, one epoch, batch
+Without `earlier.folders` it is LoRA: the first task. Later ones name the `adapter` folders of all before, joined as in
+PATH; heads are per task. The paper's recipe is for T5-large: rank 8 per task, learning rate 1e-3, one epoch, batch
 64, `earlier.orth` 0.5, `earlier.l2` 0. Learning rate, epochs and batch here are those of the other configs.
 
 Measured: not yet.

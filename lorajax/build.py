@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,7 +163,7 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
 def after(config: ConfigDict, adapt: Adapt, model: Model) -> Adapt:
     """`adapt` with the adapters of `config.earlier.folders` under it (O-LoRA), `adapt` itself if there are none."""
     c, found = config.earlier, []
-    for folder in filter(None, c.folders.split(",")):
+    for folder in filter(None, c.folders.split(os.pathsep)):
         kept = {re.escape(path): v for path, v in adapter.plan(folder).items() if isinstance(v, Variant)}
         old = make_adapt(adapt.sites, list(kept.items()))
         trainable, frozen = old.shapes

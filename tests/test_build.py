@@ -289,13 +289,13 @@ def test_a_wrapper_shares_its_hyperparameters_with_what_it_wraps():
 
 
 def test_adapters_of_earlier_runs_are_summed_and_avoided(files, tmp_path):
-    c = parse(files, "o_lora", ",rank=2,targets=qv", f"--config.earlier.folders={tmp_path / 'adapter'}")
+    c = parse(files, "o_lora", ",rank=2,targets=qv", f"--config.earlier.folders={tmp_path / 'a,b' / 'adapter'}")
     _, model, _, adapt = adapted(c)
     trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), model.variables)
     path = "params/layer_1/attention/value/kernel"
     rng = np.random.default_rng(0)
     loud = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), trainable)
-    adapter.save(tmp_path / "adapter", adapt.plan, loud, adapt.kept(frozen), base=model.fingerprint)
+    adapter.save(tmp_path / "a,b" / "adapter", adapt.plan, loud, adapt.kept(frozen), base=model.fingerprint)
     joined = build.after(c, adapt, model)
     old = loud[path]
     merged = joined.merge(trainable, frozen)["params"]["layer_1"]["attention"]["value"]["kernel"]
