@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 import lorajax as lj
 from experiments import glue
-from lorajax import build, config, data, sweep
+from lorajax import build, config, data, report, sweep
 from lorajax.control import Controller
 from lorajax.core.sites import by_path
 from lorajax.data.feed import ahead, calls
@@ -215,8 +215,8 @@ def train_pack(group: sweep.Group, stop: Any) -> None:
                     for i, (m, run) in enumerate(zip(members, runs, strict=True)):
                         if i in lost:
                             continue
-                        report = m.controller.report(unpack(packed.state.control, i))
-                        run.log(step, scores[i] | glue.flat(views[i]) | report, prefix="eval/")
+                        extra = m.controller.report(unpack(packed.state.control, i))
+                        run.log(step, scores[i] | glue.flat(views[i]) | extra, prefix="eval/")
                         better = scores[i][found.task.headline] > best[i]["scores"].get(found.task.headline, -np.inf)
                         if better and step >= m.controller.settled:
                             improved[i] = True
@@ -382,14 +382,18 @@ def record(folder: Path, reason: str) -> None:
 
 
 def table(launches: list[config.Launch]) -> None:
+    # Mean and spread at each method's own best rate, then who failed and why.
+    finished, lost = [], []
     for one in launches:
         folder = folder_of(one)
         if (folder / "summary.json").exists():
-            summary = json.loads((folder / "summary.json").read_text())
-            print(f"{summary['scores'][summary['headline']]:.4f}  {one.name}  seed {one.config.seed}")
+            finished += report.read(folder)
         elif (folder / "failed.json").exists():
-            reason = json.loads((folder / "failed.json").read_text())["reason"]
-            print(f"failed  {one.name}  seed {one.config.seed}: {reason[-200:]}")
+            lost.append((one, json.loads((folder / "failed.json").read_text())["reason"]))
+    if finished:
+        print(report.markdown(report.cells(finished)))
+    for one, reason in lost:
+        print(f"failed: {one.name}, seed {one.config.seed}: {reason[-200:]}")
 
 
 if __name__ == "__main__":

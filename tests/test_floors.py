@@ -42,7 +42,7 @@ MAY_USE = {  # of other people's packages, where the house restricts them
     "models": {"jax", "numpy", "flax"},
     "config": CONFIGURATION,
     "sweep": CONFIGURATION,
-    "report": CONFIGURATION,
+    "report": {"numpy", "scipy"},
     "configs": CONFIGURATION,
 }
 TOPS = ("lorajax", "experiments", "configs")
