@@ -272,6 +272,34 @@ def test_bfloat16_compute_over_float32_adapters(row: Row) -> None:
 
 
 @every_model
+def test_whole_adapters_and_rank_components_are_dropped(row: Row) -> None:
+    """module_dropout: x W or x W', nothing between. rank_dropout, where there are ranks: what a key drops, it drops
+    again, and without a key nothing is."""
+    w, x = {"w": weight()}, noise(3)((4, 12))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    sites = lj.sites(fn, w, x)
+
+    def outputs(variant: Variant, keys: Any) -> list[np.ndarray]:
+        adapt = lj.adapt(sites, [("w", variant)])
+        draw = noise(10)
+        trainable, aux, shared = ({path: perturbed(part[path], draw) for path in sorted(part)}
+                                  for part in (adapt.shapes[0], adapt.shapes[1].aux, adapt.shapes[1].shared))
+        bound = functools.partial(adapt.bind, trainable, lj.Frozen(w, aux, shared))
+        return [np.asarray(lj.lift(fn)(bound(key=key), x)) for key in keys]
+
+    keys = [None, *jax.random.split(jax.random.key(1), 12)]
+    full, *drawn = outputs(dataclasses.replace(row.variant, module_dropout=0.5), keys)
+    np.testing.assert_allclose(full, outputs(row.variant, [keys[1]])[0], rtol=1e-5, atol=1e-6)
+    left_out = [np.allclose(y, x @ w["w"], atol=1e-5) for y in drawn]
+    assert len(set(left_out)) == 2
+    assert all(out or np.allclose(y, full, atol=1e-5) for out, y in zip(left_out, drawn, strict=True))
+    if row.variant.factored and "rank" in {axis for leaf in row.variant.leaves.values() for axis in leaf.axes}:
+        full, first, again, other = outputs(dataclasses.replace(row.variant, rank_dropout=0.5), [*keys[:2], *keys[1:3]])
+        np.testing.assert_array_equal(first, again)
+        assert min(np.abs(y - z).max() for y, z in ((full, first), (first, other))) > 1e-3
+
+
+@every_model
 def test_trains_on_eight_examples_in_one_compile(row: Row) -> None:
     apply, adapt, _, _, params, x = model(row)
     trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
