@@ -90,6 +90,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     # Ranks by importance: budget, the average rank of a matrix, is shared out by the scores of the first batches
     # (lorajax.control.importance), 0 for the same rank everywhere. keep: `alpha` or the `scale` stays.
     c.ranks = {"budget": 0.0, "metric": "gradient_norm", "batches": 8, "minimum": 1, "keep": "alpha"}
+    # What a start that reads data reads: so many batches of the training data, in their order. at_once: how many
+    # weights to collect at a time, 0 for all. redistribute: EVA's ranks go where they explain most.
+    c.calibrate = {"batches": 32, "at_once": 0, "redistribute": True}
     # Controller: a row of lorajax.control.NAMES with its settings.
     c.controller = {"name": "identity"}
     # Loop. eval_every and save_every: steps; 0 is once an epoch. steps_per_call: optimizer steps in one jitted call.

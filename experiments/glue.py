@@ -7,6 +7,7 @@ The run's folder is <workdir>/<study>/<config and overrides>/seed=<n>; the same 
 a signal came, the run is saved, the same command goes on. Exit code 1: the loss is not finite, or the command is wrong.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -30,11 +31,13 @@ from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
 from lorajax.train.progress import Progress
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal
 from lorajax.train.step import init_state, make_eval, make_step
+from lorajax.variants.eva import redistribute
 
 # Keys that change no number: a run may be resumed with other values.
 FREE = ("log_every", "probe")
 # Errors that say what to do: no traceback.
-EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, FileNotFoundError, ConnectionError)
+EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, adapter.AdapterMismatch, FileNotFoundError,
+             ConnectionError)
 
 
 def main(argv: list[str]) -> None:
@@ -57,8 +60,11 @@ def main(argv: list[str]) -> None:
     if c.ranks.budget:
         adapt = by_importance(c, adapt, model, found.task, batches, adapter_key)
     adapt = build.after(c, adapt, model)
+    folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
+    resumed = launch.options["resume"] and (folder / "start").exists()
+    begin = resume_start if resumed else make_start
+    adapt, trainable, frozen = begin(c, adapt, found.task, model, batches, adapter_key, folder / "start")
     print(adapt)
-    trainable, frozen = jax.jit(adapt.init)(adapter_key, model.variables)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
     tx = build.optimizer(c, adapt, model, total)
@@ -70,7 +76,6 @@ def main(argv: list[str]) -> None:
     forward = lj.lift(model.net.apply)
     predict = make_eval(lambda bound, batch: forward(bound, *inputs(batch)), adapt)
 
-    folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
     prints = {"base": model.fingerprint, "data": found.fingerprint}
     with (
         Run(folder, config.to_dict(c), fingerprints=prints, ignore=FREE, fresh=not launch.options["resume"]) as run,
@@ -84,6 +89,8 @@ def main(argv: list[str]) -> None:
         if run.finished:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
+        if not resumed and (adapt.kept(frozen) or stats_of(adapt)):
+            adapter.save(folder / "start", adapt.plan, trainable, adapt.kept(frozen), base=model.fingerprint)
         state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
         if saved.latest() is not None:
@@ -172,8 +179,41 @@ def by_importance(c: Any, adapt: Any, model: build.Model, task: data.Task, batch
     return lj.adapt(adapt.sites, control.with_ranks(adapt, ranks, keep=c.ranks.keep), adapt.dtype)
 
 
-def make_loss(net: Bert, task: data.Task, c: Any) -> Any:
-    train = lj.lift(noisy(Bert(net.config, deterministic=False).apply, c.neftune))
+def make_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: jax.Array, _: Path) -> Any:
+    # The adapters at step 0. A start that reads data gets the first batches of the training data, without dropout.
+    stats: dict[str, Any] = {}
+    if stats_of(adapt):
+        loss = make_loss(model.net, task, c, training=False)
+        few = list(itertools.islice(batches["train"].epoch(), c.calibrate.batches))
+        stats = lj.calibrate(adapt, lambda params, batch: loss(params, batch, key)[0], model.variables, few,
+                             mask=tokens, at_once=c.calibrate.at_once or None)
+        if c.calibrate.redistribute:
+            adapt, stats = redistribute(adapt, stats)
+    return adapt, *jax.jit(adapt.init)(key, model.variables, stats)
+
+
+def resume_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: jax.Array, start: Path) -> Any:
+    # The same, read: a resumed run neither reads the data again nor repeats a decomposition, which another machine may
+    # round differently. (Ranks that redistribution moved are in the saved plan.)
+    adapt = build.as_saved(adapt, start) if stats_of(adapt) else adapt
+    like, frozen = adapt.shapes
+    trainable, kept = (adapter.load(start, part, base=model.fingerprint) for part in (like, adapt.kept(frozen)))
+    return adapt, trainable, jax.jit(adapt.frozen)(model.variables, kept)
+
+
+def stats_of(adapt: Any) -> dict[str, Any]:
+    # What reads data: path -> statistic.
+    return {path: v.statistic for path, v in adapt.plan.items() if getattr(v, "statistic", None)}
+
+
+def tokens(batch: data.Batch) -> jax.Array:
+    # 1 for tokens, 0 for padding and in empty rows.
+    real = (batch["weight"] > 0)[:, None]
+    return jnp.where(real, jnp.asarray(batch["attention_mask"], jnp.float32), 0.0)
+
+
+def make_loss(net: Bert, task: data.Task, c: Any, training: bool = True) -> Any:
+    train = lj.lift(noisy(Bert(net.config, deterministic=False).apply, c.neftune) if training else net.apply)
 
     def loss(bound: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = train(bound, *inputs(batch), rngs={"dropout": key})

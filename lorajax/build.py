@@ -30,7 +30,8 @@ from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
 from lorajax.io.fingerprint import fingerprint
 from lorajax.models import Bert, BertConfig, params_from_hf
-from lorajax.variants import NAMES, o_lora
+from lorajax.variants import INITIALIZERS, NAMES, o_lora
+from lorajax.variants.initializer import Initializer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -129,6 +130,8 @@ def _variant(fields: dict[str, Any]) -> Variant | Full:
     cls = choose("variant", fields.pop("name"), {**NAMES, "full": Full})
     settings = {field.name: field for field in dataclasses.fields(cls)}
     of = settings.pop("of", None)
+    if isinstance(fields.get("initializer"), dict):
+        fields["initializer"] = _initializer(fields["initializer"])
     own = {name: fields.pop(name) for name in list(fields) if name in settings}
     known = list(settings)
     if of is not None:
@@ -145,6 +148,16 @@ def _variant(fields: dict[str, Any]) -> Variant | Full:
     return cls(**own)
 
 
+def _initializer(fields: dict[str, Any]) -> Initializer:
+    """A start of LoRA with hyperparameters of its own."""
+    cls = choose("initializer", fields.pop("name"), INITIALIZERS)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields.keys() - set(known):
+        raise ConfigError(f"initializer {cls.__name__} has no hyperparameter {name!r}{nearest(name, known)} "
+                          f"It has: {', '.join(known) or 'none'}")
+    return cls(**fields)
+
+
 def rules(config: ConfigDict, model: Model) -> list[Rule]:
     """The head is trained in full; `config.also` comes next; `targets` (a preset, 'all', or a regex on paths) get the
     variant."""
@@ -158,6 +171,13 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
     others = [config.also[name].to_dict() for name in sorted(config.also)]
     also: list[Rule] = [(fields.pop("paths"), _variant(fields)) for fields in others]
     return [*head, *also, (".*" if targets == "all" else targets, variant(config))]
+
+
+def as_saved(adapt: Adapt, folder: Path) -> Adapt:
+    """`adapt` with the variants and the paths of a saved adapter of it, where they say how ranks were distributed."""
+    plan = adapter.plan(folder)
+    chosen = {path: c._replace(choice=plan[path]) for path, c in adapt.chosen.items() if path in plan}
+    return dataclasses.replace(adapt, chosen=chosen)
 
 
 def after(config: ConfigDict, adapt: Adapt, model: Model) -> Adapt:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,41 @@ def test_a_signal_saves_and_the_same_command_goes_on(files, tmp_path, monkeypatc
     monkeypatch.setattr(Run, "log", log)
     glue.main(words(files, tmp_path / "cut", *args))
     same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("name", "targets"), [("eva", "all-linear"), ("pissa", "qv")])
+def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypatch, name, targets):
+    """It reads no data again and decomposes nothing again; ranks that were redistributed are as they were."""
+    args = (name, f",rank=2,targets={targets}", "--config.probe=false", "--config.calibrate.batches=2")
+    glue.main(words(files, tmp_path / "whole", *args))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cut = folder(tmp_path / "cut")
+    (cut / "summary.json").unlink()
+    for step in sorted(int(path.name) for path in (cut / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    shutil.rmtree(cut / "adapter")
+
+    def refuse(*_, **__):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(glue.lj, "calibrate", refuse)
+    monkeypatch.setattr(jax.numpy.linalg, "svd", refuse)
+    glue.main(words(files, tmp_path / "cut", *args))
+    same(tmp_path / "whole", tmp_path / "cut")
+    record = json.loads((cut / "adapter" / "adapter_config.json").read_text())["sites"]
+    loras = {path: site for path, site in record.items() if site["variant"] == "lora"}
+    ranks = {path: site["rank"] for path, site in loras.items()}
+    if name == "eva":
+        assert sum(ranks.values()) == 2 * 12
+        assert len(set(ranks.values())) > 1
+        assert {site["alpha"] / site["rank"] for site in loras.values()} == {8.0}
+        assert set(build.adapter.plan(cut / "adapter")) == set(record)
+    else:
+        assert set(ranks.values()) == {2}
+        saved = load_file(cut / "adapter" / "adapter_model.safetensors")
+        began = load_file(cut / "start" / "adapter_model.safetensors")
+        path = next(iter(ranks))
+        np.testing.assert_array_equal(saved[f"{path}.A0"], began[f"{path}.A"])
 
 
 def same(one, two):

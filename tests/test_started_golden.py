@@ -55,8 +55,9 @@ def test_gradients_and_five_steps(made: Any) -> None:
     for module, path in case.targets.items():
         sign = np.sign(np.sum(np.asarray(trainable[path].A) * theirs[f"{module}.lora_A.weight"].T, 0))
         assert set(np.abs(sign)) == {1.0}
-        golden.close(np.asarray(grads[path].A) * sign, slopes[f"{module}.lora_A.weight"].T, atol=5e-5, rtol=1e-3)
-        golden.close(np.asarray(grads[path].B) * sign[:, None], slopes[f"{module}.lora_B.weight"].T, atol=5e-5, rtol=1e-3)
+        a, b, *_ = (np.asarray(g) for g in grads[path] if g is not None)
+        golden.close(a * sign, slopes[f"{module}.lora_A.weight"].T, atol=5e-5, rtol=1e-3)
+        golden.close(b * sign[:, None], slopes[f"{module}.lora_B.weight"].T, atol=5e-5, rtol=1e-3)
     # AdamW's step is odd in its gradient and its parameter: the losses do not depend on the signs
     golden.close(golden.adamw(step, trainable, case.info["optimizer"]), case.expected["train_losses"], atol=1e-4)
 

@@ -20,7 +20,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lorajax.core.variant import Full, Variant
-from lorajax.variants import NAMES
+from lorajax.variants import INITIALIZERS, NAMES
+from lorajax.variants.initializer import Initializer
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -78,8 +79,11 @@ def load(folder: str | Path, trainable: Any, base: str = "") -> Any:
 def plan(folder: str | Path) -> dict[str, Any]:
     """site path -> Variant or Full of a saved adapter: what `save` was given as `plan`."""
     kinds = {**NAMES, "full": Full}
+    starts = {cls.__name__: cls for cls in INITIALIZERS.values()}
 
     def made(value: Any) -> Any:
+        if isinstance(value, dict) and value.get("start") in starts:
+            return starts[value["start"]](**{name: x for name, x in value.items() if name != "start"})
         if not isinstance(value, dict) or "variant" not in value:
             return value
         if value["variant"] not in kinds:
@@ -96,13 +100,16 @@ def _arrays(tree: Any) -> dict[str, Any]:
 
 
 def _sites(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """site path -> {'variant': name, hyperparameter: value, ...}; a wrapped variant is such a dict too."""
+    """site path -> {'variant': name, hyperparameter: value, ...}; a wrapped variant is such a dict too, a start
+    with hyperparameters of its own is {'start': its class, hyperparameter: value, ...}."""
     names = {cls: name for name, cls in NAMES.items()} | {Full: "full"}
 
     def plain(value: Any) -> Any:
         if isinstance(value, Variant | Full):
             fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
             return {"variant": names.get(type(value), type(value).__name__), **fields}
+        if isinstance(value, Initializer):
+            return {"start": type(value).__name__, **dataclasses.asdict(value)}
         return value.item() if isinstance(value, jax.Array | np.ndarray) else value
 
     return {path: plain(variant) for path, variant in plan.items()}

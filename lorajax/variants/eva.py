@@ -107,7 +107,9 @@ def redistribute(adapted: Adapt, stats: Mapping[str, Any]) -> tuple[Adapt, dict[
             scatter = np.maximum(np.asarray(state.scatter, np.float64), 1e-30)
             ratios[path] = np.square(np.float64(state.values[..., :most])) / scatter[..., None]
             budget += lora.rank * ratios[path].size // most
-    pool = np.concatenate([ratio.ravel() for ratio in ratios.values()] or [np.zeros(0)])
+    if not ratios:
+        return adapted, dict(stats)
+    pool = np.concatenate([ratio.ravel() for ratio in ratios.values()])
     kept = np.zeros(pool.shape, bool)
     kept[np.argsort(-pool, kind="stable")[:budget]] = True
     chosen, new = dict(adapted.chosen), dict(stats)
