@@ -41,10 +41,11 @@ class Experts(nn.Module):
         weights, experts = jax.lax.top_k(weights, self.chosen)
         weights = (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
         if self.dense:
-            inner = act(jnp.einsum("nd,edf->nef", tokens, self.gate())) * jnp.einsum("nd,edf->nef", tokens, self.up())
-            every = jnp.einsum("nef,efd->ned", inner, self.down())
+            each = jnp.broadcast_to(tokens, (self.count, *tokens.shape))  # so that an expert is one matrix to adapt
+            inner = act(jnp.matmul(each, self.gate())) * jnp.matmul(each, self.up())
+            every = jnp.matmul(inner, self.down())
             share = (jax.nn.one_hot(experts, self.count, dtype=x.dtype) * weights[:, :, None]).sum(1)
-            return jnp.einsum("ned,ne->nd", every, share).reshape(x.shape)
+            return jnp.einsum("end,ne->nd", every, share).reshape(x.shape)
         flat = experts.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         sizes = jnp.bincount(flat, length=self.count).astype(jnp.int32)
