@@ -14,6 +14,7 @@ import pytest
 from core import jaxprs
 from core.case import Weight, normal
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lorajax as lj
 from lorajax.control import adalora, compact
@@ -334,6 +335,28 @@ def test_penalty_is_shared_over_wrapped_and_plain_matrices_alike() -> None:
         values.append(float(adapt.penalty(adapt.init(jax.random.key(0), params)[0])))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     assert values[0] > 0
+
+
+def test_sharded_adapters_on_a_mesh_with_explicit_axes() -> None:
+    """A norm over sharded inputs, its gradient, and the penalty of what is inside, as on one device."""
+    params, x = {"w": normal(16, 32)}, normal(4, 16)
+    adapt = lj.adapt(lj.sites(MODELS["matmul"].fn, {**params, "bias": jnp.zeros((1, 32))}, x),
+                     [("w", DoRA(AdaLoRA(rank=2), detach=False))])
+    trainable, frozen = adapt.init(jax.random.key(0), {**params, "bias": jnp.zeros((1, 32))})
+    adapter = trainable["w"]._replace(E=normal(2), magnitude=jnp.abs(normal(32)))
+    run = jax.value_and_grad(lambda t, f, x: adapt.penalty(t) + jnp.sum(
+        jnp.sin(lj.lift(MODELS["matmul"].fn, strict=True)(adapt.bind(t, f), x))))
+    want = jax.jit(run)({"w": adapter}, frozen, x)
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        spread = adapter._replace(A=put(adapter.A, "d"), E=put(adapter.E), B=put(adapter.B, None, "t"),
+                                  magnitude=put(adapter.magnitude, "t"))
+        base = {"w": put(frozen.base["w"], "d", "t"), "bias": put(frozen.base["bias"])}
+        aux = {"w": frozen.aux["w"]._replace(weight_norm=put(frozen.aux["w"].weight_norm, "t"))}
+        got = jax.jit(run)({"w": spread}, frozen._replace(base=base, aux=aux), put(x))
+    for ours, alone in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-4)
 
 
 # What it costs

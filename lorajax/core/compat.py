@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import Literal as Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -118,6 +119,20 @@ def place(array: Any) -> PartitionSpec:
     """The PartitionSpec in an array's type, padded to its dimensions."""
     spec = jax.typeof(array).sharding.spec
     return PartitionSpec(*spec, *[None] * (len(jax.typeof(array).shape) - len(spec)))
+
+
+def einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x, y -> result`` at the highest precision. On a mesh with explicit axes a dimension of the result is placed as
+    it was in x or y: a contracted dimension that is sharded in both would otherwise be an error."""
+    mesh = explicit_mesh(x, y)
+    if mesh is None:
+        return jnp.einsum(spec, x, y, precision="highest")
+    inputs, out = spec.split("->")
+    places: dict[str, Any] = {}
+    for letters, array in zip(inputs.split(","), (x, y), strict=True):
+        places |= {letter: entry for letter, entry in zip(letters, place(array), strict=True) if entry is not None}
+    sharding = named(mesh, [places.get(letter) for letter in out])
+    return jnp.einsum(spec, x, y, precision="highest", out_sharding=sharding)
 
 
 def named(mesh: Any, entries: Iterable[Any]) -> NamedSharding:

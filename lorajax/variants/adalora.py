@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorajax.core import compat
 from lorajax.core.variant import Factors, Leaf, Variant
 
 
@@ -68,9 +69,8 @@ class AdaLoRA(Variant):
         This is the released code's term; the paper prints the sum of squares, with which its gamma does not work.
         share: 1 / number of matrices; each brings two of the norms to the mean.
         """
-        with jax.default_matmul_precision("highest"):
-            a, b = distance_to_identity(adapter.A.T @ adapter.A), distance_to_identity(adapter.B @ adapter.B.T)
-        return self.orth * (0.5 * share) * (a + b)
+        a, b = compat.einsum("ir,is->rs", adapter.A, adapter.A), compat.einsum("ro,so->rs", adapter.B, adapter.B)
+        return self.orth * (0.5 * share) * (distance_to_identity(a) + distance_to_identity(b))
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError when `init_rank` is below `rank`: pruning only lowers ranks."""

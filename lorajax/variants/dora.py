@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorajax.core import compat
 from lorajax.core.variant import Factors, Leaf, Variant, may_drop
 from lorajax.variants.lora import LoRA
 
@@ -171,6 +172,5 @@ def _added(found: Factors, w: jax.Array) -> jax.Array:
     if found.a is None or found.b is None:
         return jnp.zeros(w.shape[1])
     a, b, s = found.a, found.b, 1.0 if found.s is None else found.s
-    with jax.default_matmul_precision("highest"):
-        cross, own = jnp.einsum("io,ir->ro", w, a), (a.T @ a) @ b
+    cross, own = compat.einsum("io,ir->ro", w, a), compat.einsum("rs,so->ro", compat.einsum("ir,is->rs", a, a), b)
     return s * jnp.sum((2 * cross + s * own) * b, 0)
