@@ -14,9 +14,11 @@ from test_glue import files, folder, own_cache, same, words  # noqa: F401
 
 import lorajax as lj
 from experiments import glue
+from experiments.sweep import plan
 from lorajax import optim
 from lorajax.control import relora
 from lorajax.control.relora import prune_moments
+from lorajax.sweep import launch
 from lorajax.train.run import Run
 from lorajax.train.step import TrainState, init_state
 from lorajax.variants import AdaLoRA, LoRA
@@ -169,6 +171,15 @@ def test_schedule_of_the_released_code() -> None:
     assert float(schedule(249)) > 1.5
     with pytest.raises(ValueError, match=r"restart_warmup=0.5 is 500 steps, but there is a restart every 250"):
         optim.restart_schedule(peak, total, every, 0.1, 0.5)
+
+
+@pytest.mark.parametrize("name", ["relora", "ranks"])
+def test_what_packs_cannot_do_runs_by_itself(name) -> None:
+    """A pack neither restarts nor looks at gradients before it starts: its members would be other runs."""
+    trials = [{"config": config, "seed": seed} for config in ("lora", name) for seed in (0, 1)]
+    groups = plan([launch(trial, workdir="runs", resume=True) for trial in trials], 8)
+    assert sorted((len(g.launches), {one.name for one in g.launches} == {name}) for g in groups) == [
+        (1, True), (1, True), (2, False)]
 
 
 def test_a_killed_run_goes_on_from_after_its_restart(files, tmp_path, monkeypatch) -> None:  # noqa: F811
