@@ -423,3 +423,61 @@ def test_every_start_is_documented_with_its_paper() -> None:
     for name, cls in list(INITIALIZERS.items())[5:]:
         assert "arXiv 2" in (cls.__doc__ or ""), name
         assert all(field.name in (cls.__doc__ or "") for field in dataclasses.fields(cls)), name
+
+
+# PEFT itself
+
+
+@pytest.mark.peft
+def test_eva_is_pefts_incremental_pca() -> None:
+    """Components, singular values and explained-variance ratios of the released code, which takes the mean off."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
+    pca = pytest.importorskip("peft.utils.incremental_pca", reason="peft is not installed (extra: peft)")
+    theirs = pca.IncrementalPCA(n_components=2 * R)
+    batches = [X[:20], X[20:40] + 0.5, X[40:] * 2]
+    for x in batches:
+        theirs.partial_fit(torch.from_numpy(np.float32(x)))
+    state = stream(EVA(center=True), batches)
+    np.testing.assert_allclose(state.values, theirs.singular_values_, rtol=2e-4)
+    got = np.square(np.float64(state.values)) / float(state.scatter)
+    np.testing.assert_allclose(got, theirs.explained_variance_ratio_, rtol=1e-3)
+    cosines = np.sum(np.float64(state.components) * np.float64(theirs.components_).T, 0)
+    np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-3)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_is_pefts(mode: str) -> None:
+    """s A B from the same inputs in two samples; the largest |input| is positive, where PEFT divides by |max|."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
+    peft = pytest.importorskip("peft", reason="peft is not installed (extra: peft)")
+    corda = pytest.importorskip("peft.tuners.lora.corda", reason="its import needs attrs, which is not installed")
+    settings = pytest.importorskip("peft.tuners.lora.config")
+    samples = [x * np.sign(x.ravel()[np.argmax(np.abs(x))]) for x in (X[:30], X[30:])]
+    net = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False))
+    net[0].weight.data = torch.from_numpy(np.float32(W.T).copy())
+    config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=["0"], init_lora_weights="corda",
+                             corda_config=settings.CordaConfig(corda_method=mode))
+    corda.preprocess_corda(net, config, run_model=lambda: [net(torch.from_numpy(np.float32(x))[None]) for x in samples])
+    layer = peft.get_peft_model(net, config).base_model.model[0]
+    want = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach().numpy().T
+    statistic = CorDA(mode).statistic(R)
+    state = statistic.init(IN, OUT)
+    for x in samples:
+        state = statistic.update(state, seen(x))
+    adapter, _ = run(LoRA(rank=R, initializer=CorDA(mode)), jnp.float32(6), state)
+    np.testing.assert_allclose(adapter.A @ adapter.B, want, atol=1e-3 * np.abs(want).max())
+
+
+@pytest.mark.peft
+def test_mica_is_pefts() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
+    peft = pytest.importorskip("peft", reason="peft is not installed (extra: peft)")
+    net = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False))
+    net[0].weight.data = torch.from_numpy(np.float32(W.T).copy())
+    config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=["0"], init_lora_weights="mica")
+    layer = peft.get_peft_model(net, config).base_model.model[0]
+    b = np.float64(layer.lora_B["default"].weight.detach().numpy().T)
+    ours, _ = MiCA(rank=R).init(jax.random.key(0), jnp.float32(W))
+    np.testing.assert_allclose(np.float64(ours.B).T @ np.float64(ours.B), b.T @ b, atol=1e-5)
+    assert not layer.lora_A["default"].weight.detach().numpy().any()
