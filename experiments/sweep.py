@@ -40,8 +40,6 @@ from lorajax.train.step import TrainState, init_state
 NUMBERS = ("seed", "lr", "head_lr", "weight_decay", "variant.alpha", "variant.dropout", "optimizer.ratio")
 RANKS = ("variant.rank", "args.rank")
 RANKED = ("lora",)
-# What only a run of its own can do.
-ALONE = ("calibrate",)
 
 
 class Member(NamedTuple):
@@ -126,13 +124,20 @@ def done(folder: Path) -> bool:
 
 
 def by_itself(c: ConfigDict) -> bool:
-    first_steps = any(c.get(key) for key in ALONE) or c.ranks.budget > 0 or bool(c.earlier.folders)
-    return first_steps or c.controller.name == "relora"
+    # What only a run of its own can do: read data before it starts, sum with earlier adapters, restart.
+    reads = getattr(build.variant(c), "statistic", None) is not None or c.ranks.budget > 0
+    return reads or bool(c.earlier.folders) or c.controller.name == "relora"
+
+
+def widens(c: ConfigDict) -> bool:
+    # Among zeros a run is the same unless something counts ranks: a controller, or LoRA-RITE's mean square.
+    counts = c.controller.name != "identity" or c.optimizer.name == "lora_rite"
+    return c.variant.name in RANKED and not counts
 
 
 def plan(launches: list[config.Launch], size: int) -> list[sweep.Group]:
     alone = [one for one in launches if by_itself(one.config)]
-    ranked = [one for one in launches if one not in alone and one.config.variant.name in RANKED]
+    ranked = [one for one in launches if one not in alone and widens(one.config)]
     rest = [one for one in launches if one not in alone and one not in ranked]
     size = size or 32
     return [*sweep.groups(ranked, (*NUMBERS, *RANKS), size), *sweep.groups(rest, NUMBERS, size),

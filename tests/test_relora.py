@@ -173,13 +173,21 @@ def test_schedule_of_the_released_code() -> None:
         optim.restart_schedule(peak, total, every, 0.1, 0.5)
 
 
-@pytest.mark.parametrize("name", ["relora", "ranks"])
+@pytest.mark.parametrize("name", ["relora", "ranks", "eva"])
 def test_what_packs_cannot_do_runs_by_itself(name) -> None:
     """A pack neither restarts nor looks at gradients before it starts: its members would be other runs."""
     trials = [{"config": config, "seed": seed} for config in ("lora", name) for seed in (0, 1)]
     groups = plan([launch(trial, workdir="runs", resume=True) for trial in trials], 8)
     assert sorted((len(g.launches), {one.name for one in g.launches} == {name}) for g in groups) == [
         (1, True), (1, True), (2, False)]
+
+
+@pytest.mark.parametrize(("name", "together"), [("lora", True), ("riemannian", True), ("lora_rite", False),
+                                                ("reduce", False)])  # fmt: skip
+def test_ranks_share_a_program_only_where_nothing_counts_them(name, together) -> None:
+    trials = [{"config": name, "arg.rank": rank} for rank in (2, 4)]
+    groups = plan([launch(trial, workdir="runs", resume=True) for trial in trials], 8)
+    assert (len(groups) == 1) == together
 
 
 def test_a_killed_run_goes_on_from_after_its_restart(files, tmp_path, monkeypatch) -> None:  # noqa: F811
