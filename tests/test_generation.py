@@ -1,5 +1,6 @@
 """Generation: greedy, restricted sampling, n-grams by hand; greedy and beam search against `transformers`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch_models
 
+import lorajax as lj
 from lorajax.models.generation import beam_search, generate, repeated, restricted
+from lorajax.variants import LoRA
 
 
 def decoder(model: Any, variables: Any) -> Any:
@@ -68,6 +71,28 @@ def test_repeated_runs_are_found() -> None:
     np.testing.assert_array_equal(np.flatnonzero(banned[0]), [3])  # 1 2 3 is there, the text ends with 1 2
     np.testing.assert_array_equal(np.flatnonzero(banned[1]), [4])
     assert not repeated(tokens, jnp.asarray(2), 3, 10).any()
+
+
+def test_an_adapter_generates_as_the_merged_model_does() -> None:
+    """The lifted model is decoded inside the loop; beams and sampling take the same `decode`."""
+    case = golden.load("lora_qv_llama")
+    model: Any = case.model
+    adapt = case.adapt(LoRA(rank=4, alpha=8.0))
+    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), case.params)
+    trainable = case.adapters(LoRA(rank=4, alpha=8.0), case.tensors(), trainable)
+    prompt = case.inputs["input_ids"][:2, :4]
+    step = partial(model.apply, method="decode")
+
+    def run(decode: Any) -> jax.Array:
+        logits, cache = decode(prompt, model.empty_cache(2, 9))
+        return generate(decode, cache, logits[:, -1], max_new=5)
+
+    def lifted(trainable: Any) -> jax.Array:
+        return run(partial(lj.lift(step, strict=True), adapt.bind(trainable, frozen)))
+
+    have = jax.jit(lifted)(trainable)
+    np.testing.assert_array_equal(have, jax.jit(lambda tr: run(partial(step, adapt.merge(tr, frozen))))(trainable))
+    assert (have != jax.jit(lambda v: run(partial(step, v)))(case.params)).any()
 
 
 # --- against transformers ---
