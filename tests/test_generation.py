@@ -163,8 +163,7 @@ def test_beam_search_equals_transformers(llama: Any, name: str) -> None:
 
 @pytest.mark.peft
 def test_t5_beams_equal_transformers(tmp_path: Path) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
     theirs = torch_models.build(
         "AutoModelForSeq2SeqLM", "t5", d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, vocab_size=23,
         decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
