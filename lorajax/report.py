@@ -92,7 +92,8 @@ def _cell(task: str, name: str, runs: Sequence[Result]) -> Cell:
     rates = dict.fromkeys(by_rate, 0)
     for score_on, choose_on in (halves, halves[::-1]):
         choose_on = choose_on or score_on  # one seed: nothing to choose on but itself
-        chosen = max(by_rate, key=lambda lr: _mean([by_rate[lr][s] for s in choose_on if s in by_rate[lr]]))
+        tried = [lr for lr in by_rate if any(s in by_rate[lr] for s in score_on)] or list(by_rate)
+        chosen = max(tried, key=lambda lr: _mean([by_rate[lr][s] for s in choose_on if s in by_rate[lr]]))
         rates[chosen] += len(score_on)
         scores |= {seed: by_rate[chosen][seed] for seed in score_on if seed in by_rate[chosen]}
     values = np.array(list(scores.values()))
