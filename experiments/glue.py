@@ -9,6 +9,7 @@ a signal came, the run is saved, the same command goes on. Exit code 1: the loss
 
 import itertools
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from lorajax import build, config, control, data
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
 from lorajax.io.assets import cache_folder
-from lorajax.models import Bert
+from lorajax.models import Bert, adapter_names
 from lorajax.train.blame import blame
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
 from lorajax.train.progress import Progress
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
         if not resumed and (adapt.kept(frozen) or stats_of(adapt)):
-            adapter.save(folder / "start", adapt.plan, trainable, adapt.kept(frozen), base=model.fingerprint)
+            adapter.save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
         state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
         if saved.latest() is not None:
@@ -143,8 +144,13 @@ def main(argv: list[str]) -> None:
 
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
-        plan, arrays = restart.whole(state.trainable, base, state.control) if restart else (adapt.plan, state.trainable)
-        adapter.save(folder / "adapter", plan, arrays, adapt.kept(frozen), base=model.fingerprint)
+        left, arrays, rest = adapt, state.trainable, frozen
+        if restart:
+            plan, arrays = restart.whole(state.trainable, base, state.control)
+            left = lj.adapt(sites, [(re.escape(path), choice) for path, choice in plan.items()])
+            rest = left.frozen(model.variables, {})
+        adapter.save(folder / "adapter", left, arrays, rest, base=model.fingerprint,
+                     names=adapter_names(model.net.config), task_type="SEQ_CLS")
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         if c.probe:
@@ -196,9 +202,8 @@ def resume_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: j
     # The same, read: a resumed run neither reads the data again nor repeats a decomposition, which another machine may
     # round differently. (Ranks that redistribution moved are in the saved plan.)
     adapt = build.as_saved(adapt, start) if stats_of(adapt) else adapt
-    like, frozen = adapt.shapes
-    trainable, kept = (adapter.load(start, part, base=model.fingerprint) for part in (like, adapt.kept(frozen)))
-    return adapt, trainable, jax.jit(adapt.frozen)(model.variables, kept)
+    trainable, frozen = adapter.load(start, adapt, model.variables, base=model.fingerprint)
+    return adapt, trainable, frozen
 
 
 def stats_of(adapt: Any) -> dict[str, Any]:

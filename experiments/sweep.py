@@ -30,6 +30,7 @@ from lorajax.control import Controller
 from lorajax.core.sites import by_path
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
+from lorajax.models import adapter_names
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.train.pack import Pack, Parts, make_packed_eval, make_packed_step, pack, unpack, widen
 from lorajax.train.progress import Progress
@@ -43,14 +44,13 @@ RANKED = ("lora",)
 
 
 class Member(NamedTuple):
-    """One run of a pack. plan: of its own rank, for the adapter that it leaves."""
+    """One run of a pack. adapt: of its own rank, for the adapter that it leaves."""
 
     launch: config.Launch
     folder: Path
     state: TrainState
     frozen: lj.Frozen
-    plan: dict[str, Any]
-    kept: dict[str, Any]
+    adapt: lj.Adapt
     controller: Controller
     batches: dict[str, data.Batches]
     trained: int
@@ -242,8 +242,9 @@ def train_pack(group: sweep.Group, stop: Any) -> None:
             if i in lost or steps[i] < total:
                 record(m.folder, lost.get(i, f"step {steps[i] + 1} of {total} was not finite"))
                 continue
-            trainable = narrow(unpack(kept, i), m.plan)
-            adapter.save(m.folder / "adapter", m.plan, trainable, m.kept, base=model.fingerprint)
+            trainable = narrow(unpack(kept, i), m.adapt.plan)
+            adapter.save(m.folder / "adapter", m.adapt, trainable, m.frozen, base=model.fingerprint,
+                         names=adapter_names(model.net.config), task_type="SEQ_CLS")
             summary = {"task": found.task.name, "headline": found.task.headline, "scores": best[i]["scores"]}
             summary |= {"best_step": best[i]["step"], "steps": total, "baselines": baselines}
             summary |= {"trainable_parameters": m.trained, **m.controller.report(unpack(packed.state.control, i))}
@@ -297,8 +298,7 @@ def assemble(group: sweep.Group, c: ConfigDict, found: build.Data) -> Any:
             trainable |= {p: widen(trainable[p], choice.leaves, c.variant.rank) for p, choice in adapt.plan.items()}
         start = jax.jit(lambda k, t, tx=tx, controller=controller: init_state(k, t, tx, controller))
         state = start(train_key, trainable)
-        members.append(Member(launch, folder_of(launch), state, frozen, adapt.plan, adapt.kept(frozen),
-                              controller, batches, trained))
+        members.append(Member(launch, folder_of(launch), state, frozen, adapt, controller, batches, trained))
     assert model is not None
     whole, loss = model, glue.make_loss(model.net, found.task, c)
 

@@ -184,11 +184,9 @@ def after(config: ConfigDict, adapt: Adapt, model: Model) -> Adapt:
     """`adapt` with the adapters of `config.earlier.folders` under it (O-LoRA), `adapt` itself if there are none."""
     c, found = config.earlier, []
     for folder in filter(None, c.folders.split(os.pathsep)):
-        kept = {re.escape(path): v for path, v in adapter.plan(folder).items() if isinstance(v, Variant)}
-        old = make_adapt(adapt.sites, list(kept.items()))
-        trainable, frozen = old.shapes
-        arrays = [adapter.load(folder, part, base=model.fingerprint) for part in (trainable, old.kept(frozen))]
-        found.append(o_lora.Earlier(old, arrays[0], old.frozen(model.variables, arrays[1])))
+        old = make_adapt(adapt.sites, [rule for rule in adapter.rules(folder) if isinstance(rule[1], Variant)])
+        trainable, frozen = adapter.load(folder, old, model.variables, base=model.fingerprint, part=True)
+        found.append(o_lora.Earlier(old, trainable, frozen))
     return o_lora.after(adapt, found, orth=c.orth, l2=c.l2) if found else adapt
 
 

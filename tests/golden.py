@@ -10,6 +10,7 @@ five AdamW steps and merged weights. Where names or shapes need more than that, 
 
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import lorajax as lj
 from lorajax.models import hf_modules, model_from_hf, params_from_hf
 from lorajax.models.checkpoint import layout, to_ours
 
-ROOT = Path(__file__).parent / "goldens"
+ROOT = Path(os.environ.get("LORAJAX_GOLDENS") or Path(__file__).parent / "goldens")
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "pixel_values")
 Read = Callable[[Any, str, Mapping[str, np.ndarray]], Any]
 
@@ -53,8 +54,12 @@ class Case(NamedTuple):
         return lj.lift(self.model.apply, strict=True)(bound, **self.inputs)
 
     def loss(self, bound: Any) -> jax.Array:
+        """`loss_of` the logits."""
+        return self.loss_of(self.logits(bound))
+
+    def loss_of(self, logits: jax.Array) -> jax.Array:
         """`clm`, `cls`, `img` or `seq2seq` of the goldens' README: mean over the targets that are not -100."""
-        logits, labels = self.logits(bound), self.labels
+        labels = self.labels
         if self.info["loss"] == "clm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         real = labels != -100

@@ -295,7 +295,7 @@ def test_adapters_of_earlier_runs_are_summed_and_avoided(files, tmp_path):
     path = "params/layer_1/attention/value/kernel"
     rng = np.random.default_rng(0)
     loud = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), trainable)
-    adapter.save(tmp_path / "a,b" / "adapter", adapt.plan, loud, adapt.kept(frozen), base=model.fingerprint)
+    adapter.save(tmp_path / "a,b" / "adapter", adapt, loud, frozen, base=model.fingerprint)
     joined = build.after(c, adapt, model)
     old = loud[path]
     merged = joined.merge(trainable, frozen)["params"]["layer_1"]["attention"]["value"]["kernel"]

@@ -21,6 +21,7 @@ from experiments import glue
 from lorajax import build, config
 from lorajax.data.feed import ahead
 from lorajax.io import adapter
+from lorajax.models import adapter_names
 from lorajax.train.run import Run, RunError
 
 ROOT = Path(__file__).parents[1]
@@ -92,11 +93,11 @@ def test_a_run_leaves_results_and_an_adapter(files, tmp_path, capsys):
     assert list(run.glob("events.*"))
 
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert saved["params/layer_0/attention/query/kernel.A"].shape == (16, 3)
-    record = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A"].shape == (3, 16)
+    record = json.loads((run / "adapter" / "lorajax_adapter.json").read_text())
     site = record["sites"]["params/layer_0/attention/query/kernel"]
     assert (site["variant"], site["rank"], site["alpha"]) == ("adalora", 3, 16.0)
-    assert record["sites"]["params/classifier/kernel"] == {"variant": "full"}
+    assert record["sites"]["params/classifier/kernel"] == {"variant": "full"} and record["peft"] is True
     assert record["base"] == json.loads((run / "config.json").read_text())["fingerprints"]["base"]
 
     glue.main(words(files, tmp_path, *args))
@@ -175,7 +176,7 @@ def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypa
     monkeypatch.setattr(jax.numpy.linalg, "svd", refuse)
     glue.main(words(files, tmp_path / "cut", *args))
     same(tmp_path / "whole", tmp_path / "cut")
-    record = json.loads((cut / "adapter" / "adapter_config.json").read_text())["sites"]
+    record = json.loads((cut / "adapter" / "lorajax_adapter.json").read_text())["sites"]
     loras = {path: site for path, site in record.items() if site["variant"] == "lora"}
     ranks = {path: site["rank"] for path, site in loras.items()}
     if name == "eva":
@@ -185,15 +186,16 @@ def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypa
         assert set(build.adapter.plan(cut / "adapter")) == set(record)
     else:
         assert set(ranks.values()) == {2}
-        saved = load_file(cut / "adapter" / "adapter_model.safetensors")
-        began = load_file(cut / "start" / "adapter_model.safetensors")
+        saved, began = (load_file(cut / name / "lorajax_adapter.safetensors") for name in ("adapter", "start"))
         path = next(iter(ranks))
         np.testing.assert_array_equal(saved[f"{path}.A0"], began[f"{path}.A"])
 
 
 def same(one, two):
     """The metrics file and the adapter of two runs, byte for byte."""
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+    names = ["metrics.jsonl", *[f"adapter/{file.name}" for file in sorted((folder(one) / "adapter").iterdir())]]
+    assert "adapter/lorajax_adapter.json" in names
+    for name in names:
         assert (folder(one) / name).read_bytes() == (folder(two) / name).read_bytes(), name
 
 
@@ -238,17 +240,13 @@ def test_the_adapter_folder_round_trips(files, tmp_path):
     adapt = lj.adapt(sites, build.rules(c, model))
     trainable, frozen = jax.jit(adapt.init)(jax.random.key(1), model.variables)
     for _ in range(2):  # also over one that is there
-        adapter.save(tmp_path / "a" / "adapter", adapt.plan, trainable, frozen.aux, base="lj1:x")
+        adapter.save(tmp_path / "a" / "adapter", adapt, trainable, frozen, base=model.fingerprint,
+                     names=adapter_names(model.net.config))
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["adapter"]
-    read = adapter.load(tmp_path / "a" / "adapter", trainable, base="lj1:x")
+    assert {path.name for path in (tmp_path / "a" / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "lorajax_adapter.json"}
+    read, _ = adapter.load(tmp_path / "a" / "adapter", adapt, model.variables, base=model.fingerprint)
     jax.tree.map(np.testing.assert_array_equal, read, trainable)
-    with pytest.raises(adapter.AdapterMismatch, match=r"fingerprint lj1:x, this base has lj1:y: load the base"):
-        adapter.load(tmp_path / "a" / "adapter", trainable, base="lj1:y")
-    wider = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), trainable)
-    with pytest.raises(adapter.AdapterMismatch, match=r"params/classifier/bias\.w is \(2,\) in .*, asked for \(2, 2\)"):
-        adapter.load(tmp_path / "a" / "adapter", wider)
-    with pytest.raises(adapter.AdapterMismatch, match=r"has no other\.w; it has params/classifier"):
-        adapter.load(tmp_path / "a" / "adapter", {"other": trainable["params/classifier/bias"]})
 
 
 def test_a_typo_is_one_line_and_a_failure():
@@ -316,7 +314,7 @@ elif place == "half-saved":    # arrays are written, the folder has not got its 
 elif place == "evaluated":     # metrics are written, the checkpoint is not
     dies(Checkpoints, "save", "before")
 elif place == "adapter":
-    dies(glue.adapter, "save_file", "after")
+    dies(glue.adapter, "write_content", "after")
 elif place == "end":
     dies(Run, "finish", "before")
 glue.main(sys.argv[3:])

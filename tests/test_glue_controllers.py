@@ -37,7 +37,7 @@ def run(files: Any, workdir: Path, name: str, *more: str) -> tuple[dict[str, Any
     ])  # fmt: skip
     (folder,) = Path(workdir).glob("tiny/*/seed=*")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    arrays = load_file(folder / "adapter" / "adapter_model.safetensors")
+    arrays = {name: x for file in (folder / "adapter").glob("*.safetensors") for name, x in load_file(file).items()}
     adapters = {name: x for name, x in arrays.items() if "classifier" not in name}
     return json.loads((folder / "summary.json").read_text()), [r for r in rows if "eval/accuracy" in r], adapters
 

@@ -296,16 +296,15 @@ def test_a_saved_adapter_comes_back_exactly_without_a_decomposition(variant: Any
                                                                     monkeypatch: Any) -> None:
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     adapt, trainable, frozen = adapted(variant, params, lj.sites(net, params, INPUT.astype(dtype)))
-    files.save(tmp_path / "adapter", adapt.plan, trainable, adapt.kept(frozen))
-    shapes = adapt.shapes
+    files.save(tmp_path / "adapter", adapt, trainable, frozen)
+    assert adapt.shapes
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a decomposition was done again")
 
     for name in ("svd", "qr"):
         monkeypatch.setattr(jnp.linalg, name, refuse)
-    back = files.load(tmp_path / "adapter", shapes[0])
-    again = jax.jit(adapt.frozen)(params, files.load(tmp_path / "adapter", adapt.kept(shapes[1])))
+    back, again = files.load(tmp_path / "adapter", adapt, params)
     assert jax.tree.structure(again) == jax.tree.structure(frozen)
     for got, want in zip(jax.tree.leaves((back, again)), jax.tree.leaves((trainable, frozen)), strict=True):
         np.testing.assert_array_equal(np.float32(got), np.float32(want))

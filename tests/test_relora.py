@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_from_after_its_restart(files, tmp_path, monkeypatc
     monkeypatch.setattr(Run, "log", log)
     glue.main(words(files, tmp_path / "cut", *args))
     same(tmp_path / "whole", tmp_path / "cut")
-    saved = load_file(folder(tmp_path / "cut") / "adapter" / "adapter_model.safetensors")
+    saved = load_file(folder(tmp_path / "cut") / "adapter" / "lorajax_adapter.safetensors")
     tensors = load_file(files[0] / "model.safetensors")
     (start,) = (x.T for name, x in tensors.items() if name.endswith("layer.0.attention.self.query.weight"))
     change = saved["params/layer_0/attention/query/kernel.w"] - start

@@ -154,8 +154,8 @@ def test_zeros_neither_act_nor_get_gradient_before_the_first_update() -> None:
 def test_the_saved_adapter_is_as_sparse(tmp_path: Any) -> None:
     trainer = Trainer(VARIANT, lambda a: sparse(a, total_steps=5, density=0.05, start=0.3), optax.adamw(0.1))
     trainer.run(5)
-    folder = adapter.save(tmp_path / "adapter", trainer.adapt.plan, trainer.state.trainable)
-    saved = {name: x for name, x in load_file(folder / "adapter_model.safetensors").items() if "head" not in name}
+    folder = adapter.save(tmp_path / "adapter", trainer.adapt, trainer.state.trainable, trainer.frozen)
+    saved = {name: x for name, x in load_file(folder / adapter.OWN).items() if "head" not in name}
     assert sum(x.size for x in saved.values()) == COUNT
     assert 0.04 * COUNT < sum(np.count_nonzero(x) for x in saved.values()) <= 0.05 * COUNT
 

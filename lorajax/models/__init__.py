@@ -2,6 +2,7 @@
 
 # The modules named *_checkpoint register what their family's checkpoints look like.
 from lorajax.models import bert_checkpoint, llama_checkpoint  # noqa: F401
+from lorajax.models.adapter_names import adapter_names
 from lorajax.models.bert import Bert
 from lorajax.models.bert_config import BertConfig
 from lorajax.models.checkpoint import Loaded, hf_modules, hf_names, params_from_hf, params_to_hf
@@ -35,6 +36,7 @@ __all__ = [
     "ViTConfig",
     "Whisper",
     "WhisperConfig",
+    "adapter_names",
     "hf_modules",
     "hf_names",
     "model_from_hf",

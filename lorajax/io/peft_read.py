@@ -1,0 +1,262 @@
+"""PEFT's folders read into rules and arrays.
+
+Which modules are adapted is what the file holds tensors for; the settings say how, and every tensor and every setting
+that changes the result is accounted for. Nothing unpickles.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lorajax.core.rules import Rule
+from lorajax.core.sites import Sites
+from lorajax.core.variant import Full, Variant
+from lorajax.io.peft_config import INERT, Config
+from lorajax.io.peft_layout import LOOKUP, Form
+from lorajax.io.peft_methods import METHODS, REFUSED, Method
+from lorajax.io.peft_names import PREFIX, Directory, Names, stack, to_ours
+from lorajax.io.tensors import AdapterError, read_tensors
+from lorajax.variants.dora import DoRA
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Read(NamedTuple):
+    """rules: for `lorajax.adapt`. arrays: path -> leaf -> array in our layout, `Full`'s leaf is `w`. shared: leaf ->
+    array that all sites share. base: path -> a weight of the base that the file repeats. config: adapter_config.json.
+    """
+
+    rules: list[Rule]
+    arrays: dict[str, dict[str, np.ndarray]]
+    shared: dict[str, np.ndarray]
+    base: dict[str, np.ndarray]
+    config: dict[str, Any]
+
+
+def read(folder: str | os.PathLike[str], sites: Sites, names: Names | Sequence[Names]) -> Read:
+    """Reads a folder for the model with these `sites`, whose parameters `names` gives the names of (path -> row, see
+    `Named`; several tables if files may go by old and new module names).
+
+    Raises AdapterError, naming the file and the way out, for damaged or pickled files, for tensors that the model has
+    no place for or whose shape does not fit, for modules that the settings target and the file does not hold, and for
+    methods and settings that cannot be read faithfully.
+    """
+    return parse(Config.read(folder), read_tensors(weights_file(folder))[0], sites, names)
+
+
+def weights_file(folder: str | os.PathLike[str]) -> Path:
+    """The safetensors file of a folder. AdapterError if there is only a pickle, or nothing."""
+    file = Path(folder) / WEIGHTS
+    if not file.exists() and (file.parent / PICKLED).exists():
+        read_tensors(file.parent / PICKLED)  # refuses
+    return file
+
+
+def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names: Names | Sequence[Names]) -> Read:
+    """`read` of a file's content."""
+    method, directory = _method(config), Directory(names)
+    held, rest = _sorted(config, tensors, directory)
+    absent = sorted(config.targeted(directory.modules) - held.keys())
+    if absent:
+        raise AdapterError(f"{config.file}: the settings target {len(absent)} modules that the file has no tensors "
+                           f"for: {', '.join(absent[:4])}. Download or write it again")
+    choices, arrays = _adapters(config, method, held, tensors, sites, directory)
+    fulls, base, shared = _others(rest, tensors, sites, directory, config.kind)
+    rules: list[Rule] = [(_either(paths), choice) for choice, paths in _grouped(choices)]
+    rules += [(_either(fulls), Full())] if fulls else []
+    if not rules:
+        raise AdapterError(f"{config.file}: the file holds no adapter")
+    return Read(rules, arrays | {path: {"w": w} for path, w in fulls.items()}, shared, base, config.settings)
+
+
+def _method(config: Config) -> Method:
+    """The row of the file's method, after the settings that it cannot have."""
+    if config.kind in REFUSED:
+        raise AdapterError(f"{config.file}: a {config.kind} adapter cannot be read faithfully: {REFUSED[config.kind]}. "
+                           f"Convert it to plain LoRA where it was trained: peft.save_as_lora(folder, model, rank)")
+    if config.kind not in METHODS:
+        raise AdapterError(f"{config.file}: peft_type {config.kind!r} is none that lorajax has; it reads "
+                           f"{', '.join(METHODS)}. Convert it to plain LoRA where it was trained: peft.save_as_lora")
+    method = METHODS[config.kind]
+    for key, value in config.settings.items():
+        if key in method.neutral:
+            allowed = (None, *method.neutral[key])
+        elif key in INERT or key.endswith("_dropout"):
+            continue
+        else:
+            allowed = (None, False, [], {}, "")
+        if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
+            raise AdapterError(f"{config.file}: {key}={value!r} is not supported and may change what the adapter "
+                               f"computes; merge the adapter in PEFT, or convert it to plain LoRA (peft.save_as_lora)")
+    return method
+
+
+@functools.cache
+def _suffixes(kind: str) -> dict[str, str]:
+    """Suffix in a file -> the suffix in the leaf table, for what belongs to a module."""
+    variant = METHODS[kind].variant()
+    rows = {**variant.leaves, **(DoRA(variant).leaves if kind == "LORA" else {})}
+    own = {row.peft: row.peft for row in rows.values() if row.peft and not row.shared}
+    return own | {LOOKUP[suffix]: suffix for suffix in own if suffix in LOOKUP}
+
+
+def _sorted(config: Config, tensors: Mapping[str, np.ndarray],
+            directory: Directory) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """(module -> suffix in the leaf table -> tensor, name without prefix -> tensor for the others)."""
+    held: dict[str, dict[str, str]] = {}
+    rest, modules, suffixes = {}, directory.modules, _suffixes(config.kind)
+    for key, x in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if x.dtype.name not in FLOATS:
+            raise AdapterError(f"tensor {key!r} is {x.dtype.name}; an adapter's are {', '.join(FLOATS)}")
+        if not np.isfinite(x).all():
+            raise AdapterError(f"tensor {key!r} holds NaN or infinity: the training diverged, or the file is damaged")
+        suffix = next((s for s in suffixes if name.endswith(f".{s}") and len(name) > len(s) + 1), None)
+        if suffix is None:
+            rest[name] = key
+            continue
+        module = name.removesuffix(f".{suffix}")
+        if module not in modules:
+            raise AdapterError(f"tensor {key!r}: this model has no module {module!r}"
+                               f"{directory.unknown(module, modules)}")
+        if suffixes[suffix] in held.setdefault(module, {}):
+            raise AdapterError(f"tensor {key!r} is in the file twice, with the prefix {PREFIX!r} and without")
+        held[module][suffixes[suffix]] = key
+    return held, rest
+
+
+def _adapters(config: Config, method: Method, held: Mapping[str, Mapping[str, str]], tensors: Mapping[str, np.ndarray],
+              sites: Sites, directory: Directory) -> tuple[dict[str, Variant | None], dict[str, dict[str, np.ndarray]]]:
+    """path -> variant, path -> leaf -> array."""
+    modules = directory.modules
+    by_path: dict[str, dict[int, str]] = {}
+    for module in held:
+        by_path.setdefault(modules[module].path, {})[modules[module].at] = module
+    choices: dict[str, Variant | None] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for path, found in by_path.items():
+        if path not in sites:
+            raise AdapterError(f"{found[min(found)]!r} is {path} here, which no matmul, convolution or lookup reads")
+        site = sites[path]
+        count = site.extent(site.stack_axes)
+        if sorted(found) != list(range(count)):
+            raise AdapterError(f"{path} stacks {count} matrices, and the file adapts {len(found)} of them: load the "
+                               f"model with a tree for each layer (scan_layers=False)")
+        variants = {_variant(config, method, found[i], site) for i in range(count)}
+        if len(variants) > 1:
+            raise AdapterError(f"{path} stacks {count} matrices, and the file adapts them differently "
+                               f"({len(variants)} ranks or scales): load the model with scan_layers=False")
+        (variant,) = variants
+        choices[path] = variant
+        if variant is None:
+            continue
+        shapes = _shapes(variant, site.n_in, site.n_out)
+        arrays[path] = {}
+        for leaf, row in variant.leaves.items():
+            if not row.peft or row.shared or leaf not in shapes:
+                continue
+            form, parts = Form(row.peft, row.axes, site, variant), []
+            for i in range(count):
+                key = held[found[i]].get(row.peft)
+                if key is None:
+                    raise AdapterError(f"{config.file}: the file has no tensor {found[i]}.{form.name}")
+                parts.append(_placed(form, tensors[key], shapes[leaf], key))
+            arrays[path][leaf] = stack(parts, (*site.stack_shape, *shapes[leaf]), f"{path}.{leaf}")
+        used = {row.peft for leaf, row in variant.leaves.items() if leaf in shapes}
+        extra = sorted({key for module in found.values() for suffix, key in held[module].items() if suffix not in used})
+        if extra:
+            raise AdapterError(f"tensor {extra[0]!r} does not belong to a {type(variant).__name__} with these settings")
+    return choices, arrays
+
+
+def _placed(form: Form, y: np.ndarray, shape: tuple[int, ...], key: str) -> np.ndarray:
+    try:
+        x = form.from_peft(y)
+    except ValueError as error:
+        raise AdapterError(f"tensor {key!r} has shape {y.shape}: {error}") from error
+    if x.shape != shape:
+        raise AdapterError(f"tensor {key!r} has shape {y.shape}, expected {form.to_peft(np.zeros(shape)).shape}. If it "
+                           f"is the rank that differs: PEFT sorts rank_pattern when it saves, and the first match wins")
+    return x
+
+
+def _variant(config: Config, method: Method, module: str, site: Any) -> Variant | None:
+    """The variant of one module, None for one pruned to rank 0. AdapterError if it cannot fit."""
+    rank = 0 if method.rank is None else config.by_module(method.rank, 8, "rank_pattern", module)
+    alpha = 0.0
+    if method.alpha is not None:
+        alpha = config.by_module(method.alpha, method.default_alpha, "alpha_pattern", module)
+    if rank != int(rank):
+        raise AdapterError(f"{config.file}: the rank of {module} is {rank}")
+    variant = method.build(config, module, site, int(rank), alpha)
+    if getattr(variant, "rank", 1) == 0 and config.kind == "ADALORA":
+        return None
+    try:
+        variant.check(site.n_in, site.n_out)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{config.file}: {module} ({site.n_in}, {site.n_out}): {error}") from error
+    return variant
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(variant: Variant, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+    """leaf -> shape of the arrays that the adapter of one matrix has."""
+    w = jax.ShapeDtypeStruct((n_in, n_out), np.float32)
+    adapter = jax.eval_shape(lambda key, w: variant.init(key, w)[0], jax.random.key(0), w)
+    return {leaf: x.shape for leaf, x in adapter._asdict().items() if x is not None}
+
+
+def _others(rest: Mapping[str, str], tensors: Mapping[str, np.ndarray], sites: Sites, directory: Directory,
+            kind: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Whole weights that were trained, weights of the base, and shared arrays."""
+    trained: dict[str, dict[int, np.ndarray]] = {}
+    repeated: dict[str, dict[int, np.ndarray]] = {}
+    slots = {f"base_model.{row.peft}": leaf for leaf, row in METHODS[kind].variant().leaves.items() if row.shared}
+    shared = {}
+    for name, key in rest.items():
+        if name in slots:
+            shared[slots[name]] = tensors[key].T
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain not in directory.tensors:
+            raise AdapterError(f"tensor {key!r}: this model has no place for it"
+                               f"{directory.unknown(plain, directory.tensors)}")
+        place = directory.tensors[plain]
+        into = repeated if name.endswith(".base_layer.weight") else trained
+        into.setdefault(place.path, {})[place.at] = to_ours(tensors[key], place.form)
+
+    def whole(found: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
+        made = {}
+        for path, parts in found.items():
+            if path not in sites.leaves:
+                raise AdapterError(f"{path} is named by the table of names, but the model has no such parameter")
+            size = int(np.prod(sites.leaves[path].shape))
+            if sorted(parts) != list(range(len(parts))) or parts[0].size * len(parts) != size:
+                raise AdapterError(f"{path}: the file holds {len(parts)} of its matrices, of shape {parts[0].shape} in "
+                                   f"our layout; this model has {sites.leaves[path].shape}")
+            made[path] = stack([parts[i] for i in range(len(parts))], sites.leaves[path].shape, path)
+        return made
+
+    return whole(trained), whole(repeated), shared
+
+
+def _grouped(choices: Mapping[str, Variant | None]) -> list[tuple[Variant | None, list[str]]]:
+    """Choice -> its paths, in order of first appearance."""
+    groups: dict[Variant | None, list[str]] = {}
+    for path, choice in choices.items():
+        groups.setdefault(choice, []).append(path)
+    return list(groups.items())
+
+
+def _either(paths: Any) -> str:
+    return "|".join(re.escape(path) for path in paths)

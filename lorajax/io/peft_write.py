@@ -1,0 +1,238 @@
+"""An adapter as PEFT's folder: every module by its full name, ranks and scales by exact patterns."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorajax.core.adapt import Adapt, Frozen
+from lorajax.core.variant import Full, Variant
+from lorajax.io.folders import replaced
+from lorajax.io.peft_config import CONFIG
+from lorajax.io.peft_layout import Form
+from lorajax.io.peft_methods import PLAIN, Method, method_of
+from lorajax.io.peft_names import PREFIX, Directory, Names, to_theirs
+from lorajax.io.peft_read import WEIGHTS
+from lorajax.io.subtracted import joined, redone
+from lorajax.io.tensors import AdapterError, write_tensors
+from lorajax.variants.ia3 import IA3
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Modules of which PEFT also saves the base weight when an adapter targets them."""
+
+
+class Content(NamedTuple):
+    """settings, tensors: of the two files. exact: (path, leaf) -> the tensors that hold that array of the adapter as it
+    is, in the order of the site's stack; arrays not in it cannot be had back from these files alone."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    exact: dict[tuple[str, str], list[str]]
+
+
+def write(folder: str | os.PathLike[str], adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: Names, *,
+          base: str | None = None, task_type: str | None = None, convert: bool = True,
+          embeddings: bool = True) -> Path:
+    """Writes what PEFT's `from_pretrained` loads on the same base, and returns the folder; one that is there is
+    replaced, and a failure leaves it as it was.
+
+    names: path -> row, see `lorajax.io.peft_names.Named`. base: `base_model_name_or_path` of the file; task_type:
+    PEFT's (such as 'SEQ_CLS'), not needed for loading. convert: an adapter whose start is taken off again (PiSSA,
+    OLoRA, ...) becomes a plain LoRA of twice the rank, which needs no decomposition of the base; False writes PEFT's
+    own form of PiSSA and OLoRA. embeddings: whether to repeat the base weight of adapted embeddings, as PEFT does.
+
+    Raises AdapterError if PEFT has no such method, or not this mixture of methods or options; it names the way out.
+    """
+    found = content(adapt, trainable, frozen, names, base=base, task_type=task_type, convert=convert,
+                    embeddings=embeddings)
+    with replaced(folder) as part:
+        write_content(part, found)
+    return Path(folder)
+
+
+def write_content(folder: Path, found: Content) -> None:
+    """Both files, into a folder that is there."""
+    write_tensors(folder / WEIGHTS, found.tensors, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(found.settings, indent=2, sort_keys=True) + "\n")
+
+
+def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: Names, *, base: str | None = None,
+            task_type: str | None = None, convert: bool = True, embeddings: bool = True) -> Content:
+    """What `write` writes."""
+    directory = Directory(names)
+    adapters: dict[str, tuple[Variant, Any, bool]] = {}
+    for path, choice in adapt.plan.items():
+        if not isinstance(choice, Full):
+            halves = zip(trainable[path], frozen.aux.get(path, trainable[path]), strict=True)
+            adapter = type(trainable[path])(*[other if x is None else x for x, other in halves])
+            adapters[path] = joined(choice, adapter, convert)
+    kind, method = _one_method({path: variant for path, (variant, _, _) in adapters.items()})
+    tensors: dict[str, np.ndarray] = {}
+    exact: dict[tuple[str, str], list[str]] = {}
+    rows: dict[str, tuple[str, Variant]] = {}
+    for path, (variant, adapter, changed) in adapters.items():
+        modules, site = directory.modules_of(path), adapt.sites[path]
+        rows |= {module: (path, variant) for module in modules}
+        if isinstance(variant, IA3) and variant.side == "out" and f"{modules[0]}.bias" in directory.tensors:
+            raise AdapterError(f"PEFT's IA3 scales the bias of {modules[0]} too, and lorajax's does not: {PLAIN}")
+        for leaf, row in variant.leaves.items():
+            x = getattr(adapter, leaf)
+            if x is None or not row.peft or row.shared:
+                continue
+            form, shape = Form(row.peft, row.axes, site, variant), x.shape[len(site.stack_shape) :]
+            keys = [f"{PREFIX}{module}.{form.name}" for module in modules]
+            parts = np.asarray(x).reshape(-1, *shape)
+            tensors |= {key: form.to_peft(part) for key, part in zip(keys, parts, strict=True)}
+            if not changed:
+                exact[path, leaf] = keys
+        if embeddings and any(module.split(".")[-1] in EMBEDDINGS for module in modules):
+            parts = np.asarray(frozen.base[path]).reshape(len(modules), *site.shape[len(site.stack_shape) :])
+            tensors |= {f"{PREFIX}{module}.base_layer.weight": to_theirs(part, directory.first[path].form)
+                        for module, part in zip(modules, parts, strict=True)}
+    for slot, arrays in frozen.shared.items():
+        for leaf, x in arrays.items():
+            exact[slot, leaf] = [f"base_model.{adapt.slots[slot].variant.leaves[leaf].peft}"]
+            tensors[exact[slot, leaf][0]] = np.asarray(x).T
+    settings = _settings(kind, method, {module: variant for module, (_, variant) in rows.items()}, directory)
+    settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact)
+    settings |= {"base_model_name_or_path": base, "task_type": task_type}
+    starts = {redone(variant) for variant, _, _ in adapters.values()}
+    if starts != {None}:
+        if len(starts) > 1:
+            raise AdapterError(f"PEFT has one start for all modules, this adapter has {starts}: leave convert=True")
+        settings["init_lora_weights"] = starts.pop()
+    return Content(settings, tensors, exact)
+
+
+def _one_method(plan: Mapping[str, Variant]) -> tuple[str, Method]:
+    found = {path: method_of(choice) for path, choice in plan.items()}
+    kinds = sorted({row[0] for row in found.values() if row})
+    strange = [path for path, row in found.items() if row is None]
+    if strange:
+        choice = plan[strange[0]]
+        what = type(choice).__name__ + (f" of {type(choice.inner).__name__}" if choice.inner is not choice else "")
+        raise AdapterError(f"{strange[0]} has a {what}, which PEFT does not have: {PLAIN}")
+    if len(kinds) != 1:
+        raise AdapterError(f"a PEFT folder holds one method, this adapter has {kinds or 'none'}: {PLAIN}")
+    row = next(iter(found.values()))
+    assert row is not None
+    return row
+
+
+def _settings(kind: str, method: Method, variants: Mapping[str, Variant], directory: Directory) -> dict[str, Any]:
+    """adapter_config.json without the weights that are trained whole."""
+    common = {module: method.settings(variant) for module, variant in variants.items()}
+    first, others = next(iter(common)), list(common)
+    for module in others:
+        if common[module] != common[first]:
+            differ = sorted(key for key in common[first] if common[module].get(key) != common[first][key])
+            raise AdapterError(f"{first} and {module} differ in {differ}, which PEFT has once for all modules: {PLAIN}")
+    targets = _exactly(variants, directory)
+    settings: dict[str, Any] = {"peft_type": kind, "inference_mode": True, "target_modules": targets}
+    if method.rank:
+        ranks = {module: variant.rank for module, variant in variants.items()}  # type: ignore[attr-defined]
+        settings |= _by_module(method, method.rank, "rank_pattern", ranks)
+    if method.alpha:
+        alphas = {module: _alpha(variant.inner) for module, variant in variants.items()}
+        settings |= _by_module(method, method.alpha, "alpha_pattern", alphas)
+    if kind == "ADALORA":
+        pruned = {m: v for m, v in variants.items() if getattr(v, "init_rank", None) not in (None, v.rank)}  # type: ignore[attr-defined]
+        settings["rank_pattern"] = {f"{m}.lora_E": [i < v.rank for i in range(v.init_rank)]  # type: ignore[attr-defined]
+                                    for m, v in pruned.items()} or None
+    if kind == "IA3":
+        settings["feedforward_modules"] = [m for m, v in variants.items() if v.side == "in"]  # type: ignore[attr-defined]
+    return settings | common[first]
+
+
+def _alpha(variant: Any) -> float:
+    value = float(variant.alpha)
+    return int(value) if value.is_integer() else value
+
+
+def _by_module(method: Method, key: str, pattern: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The commonest value for all, the others by exact patterns."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    other = {f"^{re.escape(module)}": value for module, value in values.items() if value != common}
+    if other and pattern not in method.patterns:
+        raise AdapterError(f"PEFT has one {key} for all modules of this method, this adapter has "
+                           f"{sorted(set(values.values()))}: {PLAIN}")
+    return {key: common} | ({pattern: other} if pattern in method.patterns else {})
+
+
+def _exactly(modules: Mapping[str, Any], directory: Directory) -> list[str] | str:
+    """Names that PEFT matches with these modules alone: a list, or a regex where a name ends another module's."""
+    if any(other.endswith(f".{module}") for other in directory.modules.keys() - modules.keys() for module in modules):
+        return "|".join(re.escape(module) for module in modules)
+    return list(modules)
+
+
+def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, directory: Directory, targets: set[str],
+            method: Method, tensors: dict[str, np.ndarray], exact: dict[tuple[str, str], list[str]]) -> dict[str, Any]:
+    """Weights that are trained whole: as `modules_to_save`, or by a bias mode. Adds their tensors."""
+    fulls = [path for path, choice in adapt.plan.items() if isinstance(choice, Full)]
+    names = {name: path for path in fulls for name in directory.written(path)}
+    known = {name for row in directory.first.values() for name in row.names}
+    biases = {name for name in names if name.endswith(".bias")}
+    modules = {name.rpartition(".")[0] for name in names.keys() - biases}
+    loose = {name for name in biases if name.rpartition(".")[0] not in modules}
+    saved = _outermost(modules, names.keys(), known)
+    inside = {name for name in known if any(name.startswith(f"{module}.") for module in saved)}
+    loose -= inside
+    every = {name for name in known - inside if name.endswith(".bias")}
+    of_targets = {f"{module}.bias" for module in targets} & known
+    mode = "none" if not loose else "all" if loose == every else method.bias if loose == of_targets else ""
+    if loose and (not mode or not method.bias):
+        hidden = sorted(name for name in loose if name.rpartition(".")[0] in targets)
+        if hidden:
+            raise AdapterError(f"{names[hidden[0]]} trains, and PEFT trains all biases of a model or all of its "
+                               f"targets' ({len(of_targets)}), not these {len(loose)}: {PLAIN}")
+        saved = _outermost(modules | {name.rpartition(".")[0] for name in loose}, names.keys(), known)
+        mode = "none"
+        inside = {name for name in known if any(name.startswith(f"{module}.") for module in saved)}
+    clash = sorted(module for module in targets if any(f"{module}.".startswith(f"{outer}.") for outer in saved))
+    if clash:
+        raise AdapterError(f"{clash[0]} has an adapter and is inside a module that is trained whole, which PEFT does "
+                           f"not have: {PLAIN}")
+    for path, row in directory.first.items():
+        wanted = [name for name in row.names if name in names or name in inside]
+        if not wanted:
+            continue
+        whole = np.asarray(trainable[path].w if path in fulls else frozen.base[path])
+        parts = whole if len(row.names) > 1 else [whole]
+        parts = np.reshape(parts, (len(row.names), *whole.shape[whole.ndim - _ndim(whole, row.names, adapt, path) :]))
+        keys = []
+        for name, part in zip(row.names, parts, strict=True):
+            module, _, kind = name.rpartition(".")
+            keys.append(PREFIX + (f"{module}.base_layer.{kind}" if module in targets else name))
+            tensors[keys[-1]] = to_theirs(part, row.form)
+        if path in fulls:
+            exact[path, "w"] = keys
+    return {"modules_to_save": saved or None} | ({"bias": mode} if method.bias else {})
+
+
+def _ndim(whole: np.ndarray, names: tuple[str, ...], adapt: Adapt, path: str) -> int:
+    """Dimensions of one part of a parameter that may stack several tensors."""
+    if len(names) == 1:
+        return whole.ndim
+    leading = next(i for i in range(whole.ndim + 1) if math.prod(whole.shape[:i]) == len(names))
+    del adapt, path
+    return whole.ndim - leading
+
+
+def _outermost(modules: set[str], trained: Any, known: set[str]) -> list[str]:
+    """The modules, or the outermost parents of theirs that are trained as a whole."""
+    found = set()
+    for module in modules:
+        parts = module.split(".")
+        parents = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        whole = (p for p in parents if all(name in trained for name in known if name.startswith(f"{p}.")))
+        found.add(next(whole, module))
+    return sorted(found)

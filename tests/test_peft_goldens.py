@@ -1,0 +1,107 @@
+"""Every case that PEFT made, read from its folder: logits, merged weights, gradients, five AdamW steps, written back.
+
+`LORAJAX_GOLDENS` names a folder with more cases than tests/goldens; a case whose model is not there yet is skipped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import golden
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lorajax as lj
+from lorajax.io import peft
+from lorajax.io.peft_names import to_theirs
+from lorajax.models import FAMILIES, adapter_names
+
+SKIPPED = {
+    "oft_llama": "OFT is not a variant here",
+    "lora_lora_bias_gpt2": "lora_bias is refused",
+}
+
+
+def usable(folder: Path) -> bool:
+    base = golden.ROOT / "bases" / Path(json.loads((folder / "case.json").read_text())["base"]).name
+    known = json.loads((base / "config.json").read_text())["model_type"] in FAMILIES
+    return known and (folder / "adapter" / "adapter_config.json").exists() and folder.name not in SKIPPED
+
+
+CASES = sorted(folder.name for folder in (golden.ROOT / "cases").iterdir() if usable(folder))
+
+
+def read(case: golden.Case, folder: str = "adapter") -> tuple[Any, Any, Any, Any]:
+    names = adapter_names(case.model.config)  # type: ignore[attr-defined]
+    sites = lj.sites(lambda params, inputs: case.model.apply(params, **inputs), case.params, case.inputs)
+    found = peft.read(case.folder / folder, sites, names)
+    adapt = lj.adapt(sites, found.rules)
+    return names, adapt, *peft.fill(found, *jax.jit(adapt.init)(jax.random.key(0), case.params))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, tmp_path: Path) -> None:
+    case = golden.load(name)
+    names, adapt, trainable, frozen = read(case)
+
+    def loss(tr: Any) -> tuple[jax.Array, jax.Array]:
+        bound = adapt.bind(tr, frozen)
+        logits = case.logits(bound)
+        return case.loss_of(logits) + adapt.penalty(tr), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, logits), grads = step(trainable)
+    golden.close(case.real(logits), case.real(case.expected["logits_adapter"]), atol=1e-4, rtol=1e-4)
+    if case.info["method"] in ("LORA:pissa", "LORA:olora"):
+        return started(case, names, adapt, trainable, frozen, tmp_path)  # gradients and steps: test_initializers.py
+    golden.close(value, case.expected["total_loss0" if "total_loss0" in case.expected else "loss0"], atol=2e-5)
+
+    # The writer's layout of our gradients is PEFT's layout of its own.
+    ours = peft.content(adapt, grads, frozen, names).tensors
+    want = {key.removeprefix("grad/"): x for key, x in case.expected.items() if key.startswith("grad/")}
+    assert want and want.keys() <= ours.keys()
+    for key, x in want.items():
+        golden.close(ours[key], x, atol=5e-5, rtol=1e-3)
+    if "train_losses" in case.expected and case.info["optimizer"]["name"] == "AdamW":
+        def first(tr: Any) -> tuple[jax.Array, Any]:
+            (value, _), grads = step(tr)
+            return value, grads
+
+        losses = golden.adamw(first, trainable, case.info["optimizer"])
+        golden.close(losses, case.expected["train_losses"], atol=1e-4)
+
+    merged = lj.core.sites.by_path(jax.jit(adapt.merge)(trainable, frozen))[0]
+    for module in case.info["merged_samples"]:
+        path = case.paths.get(module) or next(p for p, row in names.items() if row.names == (f"{module}.weight",))
+        have = to_theirs(np.asarray(merged[path]), names[path].form)
+        golden.close(have, case.expected[f"merged/{module}.weight"], atol=2e-5)
+
+    peft.write(tmp_path / "out", adapt, trainable, frozen, names)
+    same_tensors(tmp_path / "out", case.folder / "adapter")
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for key, x in theirs.items():
+        np.testing.assert_array_equal(ours[key], x, err_msg=key)
+
+
+def started(case: golden.Case, names: Any, adapt: Any, trainable: Any, frozen: Any, tmp_path: Path) -> None:
+    """A start that PEFT's loader does again: its own form, and the plain LoRA of twice the rank."""
+    peft.write(tmp_path / "own", adapt, trainable, frozen, names, convert=False)
+    same_tensors(tmp_path / "own", case.folder / "adapter")
+    peft.write(tmp_path / "plain", adapt, trainable, frozen, names)
+    theirs = json.loads((case.folder / "adapter_converted/adapter_config.json").read_text())
+    ours = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+    for key in ("r", "lora_alpha", "use_rslora"):
+        assert ours[key] == theirs[key]
+    one, other = (load_file(folder / "adapter_model.safetensors")
+                  for folder in (tmp_path / "plain", case.folder / "adapter_converted"))
+    assert one.keys() == other.keys()
+    for key in other:  # singular vectors have no sign of their own: the products are compared
+        if key.endswith("lora_A.weight"):
+            b = key.replace("lora_A", "lora_B")
+            golden.close(one[b] @ one[key], other[b] @ other[key], atol=2e-5)
