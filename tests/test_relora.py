@@ -102,10 +102,11 @@ def test_small_updates_add_up_over_a_bfloat16_base() -> None:
     np.testing.assert_allclose(np.float32(now), np.float32(params["q"]) + 0.03, atol=0.01)
 
 
+@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("prune", ["magnitude", "random"])
-def test_moments_of_a_and_b_are_pruned_and_no_others(prune: str) -> None:
+def test_moments_of_a_and_b_are_pruned_and_no_others(prune: str, paired: bool) -> None:
     adapt, _, _, state, _ = setting()
-    controller = relora(adapt, total_steps=40, every=10, prune=prune, ratio=0.75)
+    controller = relora(adapt, total_steps=40, every=10, prune=prune, ratio=0.75, paired=paired)
     assert controller.restart is not None
     new = controller.restart.restart(state)
     zeros, total = 0, 0
@@ -119,9 +120,14 @@ def test_moments_of_a_and_b_are_pruned_and_no_others(prune: str) -> None:
             if prune == "magnitude":
                 for i in np.ndindex(x.shape[:-2]):
                     keep = np.abs(x[i]) > np.quantile(np.abs(x[i]), 0.75)
+                    if name == "mu" and paired:
+                        second = np.array(getattr(state.opt_state[0].nu[path], factor))[i]
+                        keep &= second > np.quantile(second, 0.75)
                     np.testing.assert_array_equal(y[i] != 0, keep)
+            if name == "mu" and paired:  # no first moment without its second
+                assert not np.any((y != 0) & (np.array(getattr(new.opt_state[0].nu[path], factor)) == 0))
     assert int(new.opt_state[0].count) == int(state.opt_state[0].count)
-    assert 0.6 < zeros / total < 0.85
+    assert 0.6 < zeros / total < (0.95 if paired else 0.85)
 
 
 def test_pruning_finds_moments_inside_other_optimizers() -> None:

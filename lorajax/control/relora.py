@@ -26,12 +26,12 @@ class ReLoRAState(NamedTuple):
 
 
 def relora(adapt: Any, *, total_steps: int, every: float = 0.25, prune: str = "magnitude", ratio: float = 0.9,
-           restart_warmup: float = 0.02) -> Controller:
+           paired: bool = True, restart_warmup: float = 0.02) -> Controller:
     """The controller whose `restart` acts on the LoRA sites of `adapt`, between steps; other sites go on undisturbed.
 
     every: steps between restarts, below 1 a share of the run; none follows the last step. restart_warmup: likewise, for
-    `lorajax.optim.restart_schedule`, which the caller gives the optimizer. prune, ratio: see `prune_moments`; the
-    released code has ``random`` (0.999) and ``magnitude`` (0.8 to 0.9).
+    `lorajax.optim.restart_schedule`, which the caller gives the optimizer. prune, ratio, paired: see `prune_moments`;
+    the released code has ``random`` (0.999) and ``magnitude`` (0.8 to 0.9), not paired.
     The paper starts after a short full-rank training, in place of which there is a pretrained model here.
     """
     paths = [path for path, variant in adapt.plan.items() if isinstance(variant, LoRA)]
@@ -61,7 +61,7 @@ def relora(adapt: Any, *, total_steps: int, every: float = 0.25, prune: str = "m
         for i, path in enumerate(paths):
             moved[path] = moved[path] + update_of(adapt, path, state.trainable[path])
             fresh[path] = _start(adapt, path, jax.random.fold_in(key, 2 * i), state.trainable[path])
-        pruned = prune_moments(state.opt_state, paths, jax.random.fold_in(key, 1), prune, ratio)
+        pruned = prune_moments(state.opt_state, paths, jax.random.fold_in(key, 1), prune, ratio, paired)
         return state._replace(trainable=fresh, opt_state=pruned, control=ReLoRAState(control.restarts + 1, moved))
 
     def rebase(frozen: Any, control: ReLoRAState) -> Any:
@@ -91,32 +91,38 @@ def update_of(adapt: Any, path: str, adapter: Any) -> jax.Array:
         return leaf(site, over_stack(site, variant.delta)(wide, zeros))
 
 
-def prune_moments(opt_state: Any, paths: list[str], key: jax.Array, prune: str, ratio: float) -> Any:
+def prune_moments(opt_state: Any, paths: list[str], key: jax.Array, prune: str, ratio: float,
+                  paired: bool = True) -> Any:
     """`opt_state` with a share `ratio` zeroed of every array that stands under a site's path and a factor's name: the
-    two moments of AdamW, each for itself, for A and for B.
+    two moments of AdamW, for A and for B.
 
     prune: ``magnitude`` zeroes what is at or below the `ratio`-quantile of |x|, matrix by matrix, ``random`` draws.
+    paired: an entry of the first moment goes where its second moment goes, too. The released code prunes each for
+    itself (False): an entry of which the first moment alone is left is then divided by almost nothing in the next
+    steps, which only a long warm-up at a learning rate near 0 survives.
     ValueError if the optimizer keeps nothing there.
     """
-    found = 0
-
-    def one(keys: Any, x: Any) -> Any:
-        nonlocal found
-        names = [getattr(k, "key", getattr(k, "name", None)) for k in keys]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(opt_state)
+    keep: dict[tuple[Any, ...], jax.Array] = {}
+    for keys, x in leaves:
+        names = tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in keys)
         if len(names) < 2 or names[-2] not in paths or names[-1] not in ("A", "B"):
-            return x
-        found += 1
+            continue
         if prune == "random":
-            keep = jax.random.uniform(jax.random.fold_in(key, found), x.shape) > ratio
+            keep[names] = jax.random.uniform(jax.random.fold_in(key, len(keep) + 1), x.shape) > ratio
         else:
             size = jnp.abs(x).astype(jnp.float32)
-            keep = size > jnp.quantile(size, ratio, axis=(-2, -1), keepdims=True)
-        return jnp.where(keep, x, jnp.zeros_like(x))
-
-    pruned = jax.tree_util.tree_map_with_path(one, opt_state)
-    if not found:
+            keep[names] = size > jnp.quantile(size, ratio, axis=(-2, -1), keepdims=True)
+    if not keep:
         raise ValueError("this optimizer keeps no moments of A and B that ReLoRA could prune: use 'adamw'")
-    return pruned
+    pruned = []
+    for keys, x in leaves:
+        names = tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in keys)
+        on = keep.get(names)
+        second = keep.get((*names[:-3], "nu", *names[-2:])) if paired and names[-3:-2] == ("mu",) else None
+        on = on if second is None or on is None else on & second
+        pruned.append(x if on is None else jnp.where(on, x, jnp.zeros_like(x)))
+    return jax.tree.unflatten(tree, pruned)
 
 
 def _start(adapt: Any, path: str, key: jax.Array, like: Any) -> Any:
