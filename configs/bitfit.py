@@ -8,7 +8,8 @@ Every bias of the model and the head are trained, the layer norms' among them. `
 paper's smaller set: the biases of the queries and of the feed-forward block's inside. The paper's learning rates are
 1e-4 to 1e-3.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.839; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

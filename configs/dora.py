@@ -11,7 +11,8 @@ paper's recipe is for LLaMA: rank 32 (16), alpha twice the rank, dropout 0.05, 3
 rate 2e-4 (1e-4), a little below LoRA's 3e-4; so `lr_times` is 0.7 here. Half of LoRA's rank is enough, it says.
 `detach=False` is the full gradient through the norm.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.865; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -11,7 +11,8 @@ optimizer moves it). probabilities: of the ranks, () for uniform. ranks: those t
 
 `lorajax.control.truncate` turns the adapter of the run into plain LoRA of any of these ranks.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.832, ranks 1 to 8: .822 .825 .828 .828 .827 .829 .830 .832; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,8 @@ r"""GraLoRA (arXiv 2505.20355) on a GLUE task or on `reviews`.
 A grid of k x k blocks with low-rank updates of their own. Defaults of PEFT: rank 32, alpha twice the rank, k = 2,
 twice LoRA's learning rate. hybrid_rank: rank of a plain LoRA beside the grid.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.867; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

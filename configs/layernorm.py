@@ -6,7 +6,8 @@ r"""LayerNorm tuning (arXiv 2312.11420) on a GLUE task or on `reviews`.
 
 Scales and biases of the normalisations, and the head, are trained.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.842; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,8 @@ r"""LoRA-FA (arXiv 2308.03303) on a GLUE task or on `reviews`.
 LoRA whose A stays at its random start. `projected` takes PEFT's optimizer, AdamW on the projected gradient of B, in
 place of the paper's AdamW on B's own.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.849; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,8 @@ r"""LoRA-One (arXiv 2502.01235) on a GLUE task or on `reviews`, which needs no m
 The released recipe for mathematics: rank 8, rsLoRA with alpha 16, gamma 128, the gradient of one batch of 8, learning
 rate 2e-4. The start is near one step of full fine-tuning; LoRA's learning rate is kept here.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.867; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,8 @@ r"""LoRA-RITE (arXiv 2410.20265) on a GLUE task or on `reviews`.
 LoRA with an adaptive step that depends on A B alone. Defaults of the released code; escape: keep what the second moment
 loses when the basis turns (off there).
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.874; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

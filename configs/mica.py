@@ -6,7 +6,8 @@ r"""MiCA (arXiv 2604.01694) on a GLUE task or on `reviews`, which needs no model
 
 Only A is trained: half of LoRA's parameters and less.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0; one H100 shared with other runs, JAX 0.11.2, bfloat16, 2026-11-22): accuracy
+0.857; majority class 0.487. On a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict
