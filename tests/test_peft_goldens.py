@@ -17,10 +17,11 @@ import lorajax as lj
 from lorajax.io import peft
 from lorajax.io.peft_names import to_theirs
 from lorajax.models import FAMILIES, adapter_names
+from lorajax.variants import LoHa
 
 SKIPPED = {
     "oft_llama": "OFT is not a variant here",
-    "lora_lora_bias_gpt2": "lora_bias is refused",
+    "lora_lora_bias_gpt2": "its bias is our base's: test_lora_bias",
 }
 
 
@@ -105,3 +106,35 @@ def started(case: golden.Case, names: Any, adapt: Any, trainable: Any, frozen: A
         if key.endswith("lora_A.weight"):
             b = key.replace("lora_A", "lora_B")
             golden.close(one[b] @ one[key], other[b] @ other[key], atol=2e-5)
+
+
+def test_lora_bias() -> None:
+    """PEFT's bias of B, times s, is added to the base's bias, which trains: the same function and merged weights."""
+    case = golden.load("lora_lora_bias_gpt2")
+    names, adapt, trainable, frozen = read(case)
+    bound = adapt.bind(trainable, frozen)
+    value, logits = (lambda out: (case.loss_of(out), out))(case.logits(bound))
+    golden.close(case.real(logits), case.real(case.expected["logits_adapter"]), atol=1e-4, rtol=1e-4)
+    golden.close(value, case.expected["loss0"], atol=2e-5)
+    biases = {row.names[0]: path for path, row in names.items()}
+    for module in case.info["merged_samples"]:
+        golden.close(trainable[biases[f"{module}.bias"]].w, case.expected[f"merged/{module}.bias"], atol=2e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_old_and_new_names_of_modules(scan: bool, tmp_path: Path) -> None:
+    """An adapter that transformers 4 wrote goes by the names in checkpoints; with both tables either is read."""
+    case = golden.load("loha_vit", scan_layers=scan)
+    config = case.model.config  # type: ignore[attr-defined]
+    old, new = (adapter_names(config, transformers=version) for version in (4, 5))
+    assert old != new
+    sites = lj.sites(lambda params, inputs: case.model.apply(params, **inputs), case.params, case.inputs)
+    adapt = lj.adapt(sites, [(r".*/(query|up)/kernel", LoHa(4, 4.0))])
+    trainable, frozen = adapt.init(jax.random.key(0), case.params)
+    for table in (old, new):
+        peft.write(tmp_path / "a", adapt, trainable, frozen, table)
+        found = peft.read(tmp_path / "a", sites, [new, old])
+        again, _ = peft.fill(found, *lj.adapt(sites, found.rules).init(jax.random.key(1), case.params))
+        jax.tree.map(np.testing.assert_array_equal, again, trainable)
+    with pytest.raises(peft.AdapterError, match="this model has no module 'vit.layers"):
+        peft.read(tmp_path / "a", sites, old)

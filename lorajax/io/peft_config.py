@@ -17,7 +17,7 @@ INERT = frozenset({
     "monteclora_config", "runtime_config", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out", "init_weights",
     "init_ia3_weights", "init_lora_weights", "rank_dropout", "module_dropout", "rank_dropout_scale", "target_modules",
     "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "bias", "lora_bias", "trainable_token_indices", "r", "lambda_pattern", "projection_prng_key", "d_initial",
+    "bias", "lora_bias", "r", "lambda_pattern", "projection_prng_key", "d_initial",
     "save_projection", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
     "total_step", "mini_r", "feedforward_modules", "decompose_both", "decompose_factor", "gralora_k", "hybrid_r",
     "delora_lambda", "lora_alpha", "alpha", "use_dora", "use_rslora",

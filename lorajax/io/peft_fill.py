@@ -30,6 +30,10 @@ def fill(found: Read, trainable: Mapping[str, Any], frozen: Frozen) -> tuple[dic
                 raise AdapterError(f"{path}.{leaf} is {x.shape} in the file, asked for "
                                    f"{None if there is None else there.shape}: use the rules that were read")
             half[path] = half[path]._replace(**{leaf: jax.numpy.asarray(x, there.dtype)})
+    for path, x in found.added.items():
+        if path not in trainable or trainable[path].w.shape != x.shape:
+            raise AdapterError(f"{path} is in the file, but no rule trains it: use the rules that were read")
+        trainable[path] = trainable[path]._replace(w=trainable[path].w + jax.numpy.asarray(x, trainable[path].w.dtype))
     for path, w in found.base.items():
         if path in frozen.base and not np.array_equal(np.asarray(frozen.base[path]), w):
             raise AdapterError(f"the file repeats the base's {path}, and this base has another one: load the base that "

@@ -22,7 +22,8 @@ from lorajax.core.variant import Full, Variant
 from lorajax.io.peft_config import INERT, Config
 from lorajax.io.peft_layout import LOOKUP, Form
 from lorajax.io.peft_methods import METHODS, REFUSED, Method
-from lorajax.io.peft_names import PREFIX, Directory, Names, stack, to_ours
+from lorajax.io.peft_names import PREFIX, Directory, Names, stack
+from lorajax.io.peft_wholes import wholes
 from lorajax.io.tensors import AdapterError, read_tensors
 from lorajax.variants.dora import DoRA
 
@@ -33,13 +34,15 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 class Read(NamedTuple):
     """rules: for `lorajax.adapt`. arrays: path -> leaf -> array in our layout, `Full`'s leaf is `w`. shared: leaf ->
-    array that all sites share. base: path -> a weight of the base that the file repeats. config: adapter_config.json.
+    array that all sites share. base: path -> a weight of the base that the file repeats. added: path -> what is added
+    to a bias of the base, which then trains in full (`lora_bias`: s times the file's). config: adapter_config.json.
     """
 
     rules: list[Rule]
     arrays: dict[str, dict[str, np.ndarray]]
     shared: dict[str, np.ndarray]
     base: dict[str, np.ndarray]
+    added: dict[str, np.ndarray]
     config: dict[str, Any]
 
 
@@ -71,12 +74,12 @@ def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names
         raise AdapterError(f"{config.file}: the settings target {len(absent)} modules that the file has no tensors "
                            f"for: {', '.join(absent[:4])}. Download or write it again")
     choices, arrays = _adapters(config, method, held, tensors, sites, directory)
-    fulls, base, shared = _others(rest, tensors, sites, directory, config.kind)
+    fulls, base, added, shared = wholes(rest, tensors, sites, directory, METHODS[config.kind], choices)
     rules: list[Rule] = [(_either(paths), choice) for choice, paths in _grouped(choices)]
-    rules += [(_either(fulls), Full())] if fulls else []
+    rules += [(_either(fulls | added), Full())] if fulls or added else []
     if not rules:
         raise AdapterError(f"{config.file}: the file holds no adapter")
-    return Read(rules, arrays | {path: {"w": w} for path, w in fulls.items()}, shared, base, config.settings)
+    return Read(rules, arrays | {path: {"w": w} for path, w in fulls.items()}, shared, base, added, config.settings)
 
 
 def _method(config: Config) -> Method:
@@ -214,40 +217,6 @@ def _shapes(variant: Variant, n_in: int, n_out: int) -> dict[str, tuple[int, ...
     w = jax.ShapeDtypeStruct((n_in, n_out), np.float32)
     adapter = jax.eval_shape(lambda key, w: variant.init(key, w)[0], jax.random.key(0), w)
     return {leaf: x.shape for leaf, x in adapter._asdict().items() if x is not None}
-
-
-def _others(rest: Mapping[str, str], tensors: Mapping[str, np.ndarray], sites: Sites, directory: Directory,
-            kind: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Whole weights that were trained, weights of the base, and shared arrays."""
-    trained: dict[str, dict[int, np.ndarray]] = {}
-    repeated: dict[str, dict[int, np.ndarray]] = {}
-    slots = {f"base_model.{row.peft}": leaf for leaf, row in METHODS[kind].variant().leaves.items() if row.shared}
-    shared = {}
-    for name, key in rest.items():
-        if name in slots:
-            shared[slots[name]] = tensors[key].T
-            continue
-        plain = name.replace(".base_layer.", ".")
-        if plain not in directory.tensors:
-            raise AdapterError(f"tensor {key!r}: this model has no place for it"
-                               f"{directory.unknown(plain, directory.tensors)}")
-        place = directory.tensors[plain]
-        into = repeated if name.endswith(".base_layer.weight") else trained
-        into.setdefault(place.path, {})[place.at] = to_ours(tensors[key], place.form)
-
-    def whole(found: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
-        made = {}
-        for path, parts in found.items():
-            if path not in sites.leaves:
-                raise AdapterError(f"{path} is named by the table of names, but the model has no such parameter")
-            size = int(np.prod(sites.leaves[path].shape))
-            if sorted(parts) != list(range(len(parts))) or parts[0].size * len(parts) != size:
-                raise AdapterError(f"{path}: the file holds {len(parts)} of its matrices, of shape {parts[0].shape} in "
-                                   f"our layout; this model has {sites.leaves[path].shape}")
-            made[path] = stack([parts[i] for i in range(len(parts))], sites.leaves[path].shape, path)
-        return made
-
-    return whole(trained), whole(repeated), shared
 
 
 def _grouped(choices: Mapping[str, Variant | None]) -> list[tuple[Variant | None, list[str]]]:
