@@ -202,9 +202,14 @@ def test_starts_have_torchs_bounds() -> None:
 
 
 def test_loha_normal_start() -> None:
+    """LyCORIS: hada_w1_b and hada_w2_b, (r, in) in torch, with 1, hada_w1_a with 0.1, hada_w2_a, (out, r), at 0."""
     adapter, _ = LoHa(rank=32, initializer="normal").init(jax.random.key(0), jnp.zeros((900, 800)))
-    spreads = [float(jnp.std(x)) for x in adapter]
-    np.testing.assert_allclose(spreads, [1.0, 0.1, 0.0, 1.0], rtol=0.02)
+    spreads = [float(jnp.std(x)) for x in adapter]  # A1, B1, A2, B2
+    np.testing.assert_allclose(spreads, [1.0, 0.1, 1.0, 0.0], rtol=0.02)
+
+
+def test_hira_on_a_table_keeps_its_other_options() -> None:
+    assert HiRA(4, 2.0, module_dropout=0.5).for_lookup() == HiRA(4, 2.0, "embedding", module_dropout=0.5)
 
 
 @pytest.mark.parametrize(("n", "factor", "want"), [

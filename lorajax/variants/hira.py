@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -57,7 +57,7 @@ class HiRA(Variant):
 
     def for_lookup(self) -> HiRA:
         """On an embedding table the roles are swapped: A = 0 and B random."""
-        return HiRA(self.rank, self.s, "embedding") if self.initializer == "kaiming" else self
+        return replace(self, initializer="embedding") if self.initializer == "kaiming" else self
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError for an unknown initializer."""

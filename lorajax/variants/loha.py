@@ -31,9 +31,9 @@ class LoHa(Variant):
     update is formed once per step; its two products are computed again in the backward pass instead of kept.
 
     rank: r of each product. alpha: numerator of s (PEFT: 8; LyCORIS, given none: rank).
-    initializer: what it starts from, always with A2 = 0 so that W' = W:
-      - ``kaiming`` (PEFT, after the paper's He initialisation): B1, A1, B2 uniform on +-1/sqrt(fan in);
-      - ``normal`` (LyCORIS): A1 ~ N(0, 1), B1 ~ N(0, 0.1^2), B2 ~ N(0, 1).
+    initializer: what it starts from, with W' = W:
+      - ``kaiming`` (PEFT, after the paper's He initialisation): A2 = 0; B1, A1, B2 uniform on +-1/sqrt(fan in);
+      - ``normal`` (LyCORIS): B2 = 0; A1 ~ N(0, 1), B1 ~ N(0, 0.1^2), A2 ~ N(0, 1).
     """
 
     rank: int = 8
@@ -48,17 +48,15 @@ class LoHa(Variant):
     }
 
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[LoHaAdapter, jax.Array]:
-        """Returns (A1, B1, A2 = 0, B2), and `w` itself."""
+        """Returns (A1, B1, A2, B2), of which A2 or B2 is 0, and `w` itself."""
         (n_in, n_out), r = w.shape, self.rank
-        a1, b1, b2 = jax.random.split(key, 3)
+        a1, b1, second = jax.random.split(key, 3)
         if self.initializer == "normal":
-            first = jax.random.normal(a1, (n_in, r)), 0.1 * jax.random.normal(b1, (r, n_out))
-            second = jax.random.normal(b2, (r, n_out))
-        else:
-            # torch's fan in of a (out, r) array is r
-            first = kaiming(a1, (n_in, r), n_in), kaiming(b1, (r, n_out), r)
-            second = kaiming(b2, (r, n_out), r)
-        return LoHaAdapter(*first, jnp.zeros((n_in, r)), second), w
+            return LoHaAdapter(jax.random.normal(a1, (n_in, r)), 0.1 * jax.random.normal(b1, (r, n_out)),
+                               jax.random.normal(second, (n_in, r)), jnp.zeros((r, n_out))), w
+        # torch's fan in of a (out, r) array is r
+        return LoHaAdapter(kaiming(a1, (n_in, r), n_in), kaiming(b1, (r, n_out), r),
+                           jnp.zeros((n_in, r)), kaiming(second, (r, n_out), r)), w
 
     def delta(self, adapter: LoHaAdapter, w: jax.Array) -> jax.Array:
         """s (A1 B1) * (A2 B2)."""
