@@ -82,5 +82,10 @@ class AdaLoRA(Variant):
 
 def distance_to_identity(gram: jax.Array) -> jax.Array:
     """Frobenius norm of gram - I, with gradient 0 (not NaN) where it is 0."""
-    squared = jnp.sum(jnp.square(gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))
+    return norm(gram - jnp.eye(gram.shape[0], dtype=gram.dtype))
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """Frobenius norm of x, with gradient 0 (not NaN) where it is 0."""
+    squared = jnp.sum(jnp.square(x))
     return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lorajax.core.variant import Factors, Leaf, Variant
+from lorajax.variants.adalora import norm
 
 
 class IncreLoRAAdapter(NamedTuple):
@@ -78,7 +79,7 @@ class IncreLoRA(Variant):
         live = self.parts(adapter)[2].astype(adapter.A.dtype)
         a, b = adapter.A * live[None, :], adapter.B * live[:, None]
         with jax.default_matmul_precision("highest"):
-            far = [_norm(a.T @ a - jnp.diag(live)), _norm(b @ b.T - jnp.diag(live))]
+            far = [norm(a.T @ a - jnp.diag(live)), norm(b @ b.T - jnp.diag(live))]
         return self.orth * (0.5 * share) * (far[0] + far[1])
 
     def check(self, n_in: int, n_out: int) -> None:
@@ -87,9 +88,3 @@ class IncreLoRA(Variant):
         if self.initial < 1 or self.reserve < 1 or self.initial + self.reserve > self.rank:
             raise ValueError(f"rank={self.rank} must hold initial={self.initial} and reserve={self.reserve}, both at "
                              f"least 1: raise rank, or lower these")
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    """Frobenius norm with gradient 0 (not NaN) where it is 0."""
-    squared = jnp.sum(jnp.square(x))
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lorajax.core.variant import Statistic
+from lorajax.variants.kaiming import kaiming
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Kaiming(Initializer):
     """A ~ U(+-1/sqrt(in)), which is torch's ``kaiming_uniform_(a=sqrt(5))``; B = 0 (loralib, PEFT)."""
 
     def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
-        bound = 1.0 / math.sqrt(w.shape[0])
-        return jax.random.uniform(key, (w.shape[0], rank), minval=-bound, maxval=bound), jnp.zeros((rank, w.shape[1]))
+        return kaiming(key, (w.shape[0], rank), w.shape[0]), jnp.zeros((rank, w.shape[1]))
 
 
 @dataclass(frozen=True)
