@@ -92,6 +92,13 @@ def test_lookup_tables_start_reversed() -> None:
     assert LoRA(rank=6, initializer="orthogonal").for_lookup() == LoRA(rank=6, initializer="orthogonal")
 
 
+def test_a_frozen_a_is_not_the_zero_one_of_a_table() -> None:
+    """LoRA-FA on an embedding would keep A = 0 for good."""
+    assert LoRA(rank=6, freeze_a=True).for_lookup() == LoRA(rank=6, freeze_a=True)
+    with pytest.raises(ValueError, match=r"freeze_a=True with initializer='embedding' keeps A at 0.*take"):
+        LoRA(rank=6, freeze_a=True, initializer="embedding").check(64, 32)
+
+
 def test_starts_differ_by_key_only() -> None:
     same = jax.tree.map(np.array_equal, start("orthogonal", seed=3), start("orthogonal", seed=3))
     other = jax.tree.map(np.array_equal, start("orthogonal", seed=3), start("orthogonal", seed=4))

@@ -66,7 +66,8 @@ class LoRA(Variant):
       - A B stays: lora_one (arXiv 2502.01235).
     fold: how A B is taken off. False: by frozen copies A0, B0, ``W' = W + s (A B - A0 B0)``: the base stays as it is
     and serves other adapters, at twice the rank in compute. True: from a copy of the weight, ``W - s A0 B0``, rounded
-    to its dtype (PEFT): LoRA's speed, one more weight in memory if the base is needed elsewhere too.
+    to its dtype (PEFT): LoRA's speed, one more weight in memory if the base is needed elsewhere too. `dropout` acts on
+    A0 B0 too where they are copies, so that the start stays the pretrained function; folded, on A B alone (PEFT).
     freeze_a: A gets no gradient (LoRA-FA, arXiv 2308.03303): the backward pass then keeps x A in place of x. Pair it
     with `lorajax.optim.lora_fa`, which gives A no optimizer state.
     """
@@ -132,10 +133,15 @@ class LoRA(Variant):
         return Factors(a=a, b=b, s=self.scale)
 
     def for_lookup(self) -> LoRA:
-        """On an embedding table loralib and PEFT swap the roles: A = 0 and B random."""
-        return replace(self, initializer="embedding") if isinstance(self.initial, Kaiming) else self
+        """On an embedding table loralib and PEFT swap the roles: A = 0 and B random. Not where A is frozen: nothing
+        would ever change."""
+        swap = isinstance(self.initial, Kaiming) and not self.freeze_a
+        return replace(self, initializer="embedding") if swap else self
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError for an unknown initializer and for what it cannot fit."""
         super().check(n_in, n_out)
         self.initial.check(self.rank, n_in, n_out)
+        if self.freeze_a and isinstance(self.initial, Embedding):
+            raise ValueError("freeze_a=True with initializer='embedding' keeps A at 0, so nothing ever changes: take "
+                             "initializer='kaiming', or train A")
