@@ -312,6 +312,8 @@ def test_factored_ones_form_no_dense_update(variant: Variant) -> None:
     (LoHa(initializer="he"), r"'he' is unknown; there are kaiming and normal"),
     (LoKr(rank=0), r"rank=0 is below 1.*use rank=1 or more"),
     (LoKr(factor=0), r"factor=0 is neither -1"),
+    (LoKr(rank_dropout=0.1), r"rank_dropout=0.1, but LoKr has no rank components.*set rank_dropout=0"),
+    (LoKr(module_dropout=2.0), r"module_dropout=2.0 is not a probability"),
     (LoKr(initializer="zero"), r"'zero' is unknown; there are peft and lycoris"),
     (HiRA(initializer="zero", rank=2), r"'zero' is unknown; there are kaiming, gaussian"),
     (GraLoRA(rank=4, k=3), r"k=3 does not divide the 8 outputs: choose k among"),
@@ -325,6 +327,8 @@ def test_factored_ones_form_no_dense_update(variant: Variant) -> None:
     (DeLoRA(floor=0.0), r"floor=0.0 is not positive.*use 1e-4"),
     (IA3(side="both"), r"side='both' is unknown; there are out .* and in"),
     (KaSA(rank=8), r"rank=8 is all that a \(12, 8\) weight has.*lower the rank"),
+    (IA3(unit_dropout=0.1), r"unit_dropout=0.1, but IA3 has no factors.*set unit_dropout=0"),
+    (SHiRA(rank=2, rank_dropout=0.1), r"rank_dropout=0.1, but SHiRA has no rank components.*set rank_dropout=0"),
     (SHiRA(rank=5), r"rank=5 is outside 1..4.*lower the rank"),
 ])  # fmt: skip
 def test_what_does_not_fit_names_site_value_limit_and_remedy(variant: Variant, words: str) -> None:

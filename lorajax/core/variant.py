@@ -227,7 +227,7 @@ class Variant(abc.ABC):
         if may_drop(self.rank_dropout) and not (self.factored and any("rank" in x.axes for x in self.leaves.values())):
             raise ValueError(f"rank_dropout={self.rank_dropout}, but {type(self).__name__} has no rank components to "
                              f"drop: set rank_dropout=0")
-        if may_drop(self.unit_dropout) and not self.factored:
+        if may_drop(self.unit_dropout) and not (self.factored and any(len(x.axes) > 1 for x in self.leaves.values())):
             raise ValueError(f"unit_dropout={self.unit_dropout}, but {type(self).__name__} has no factors with rows "
                              f"and columns to drop: set unit_dropout=0")
 

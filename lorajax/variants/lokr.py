@@ -53,6 +53,7 @@ class LoKr(Variant):
     initializer: str = "peft"
     window: int = 1
 
+    any_rank: ClassVar[bool] = True
     leaves: ClassVar[Mapping[str, Leaf]] = {
         "W1": Leaf("b", ("in1", "out1"), peft="lokr_w1"),
         "A1": Leaf("a", ("in1", "inner"), peft="lokr_w1_b"),
@@ -96,9 +97,10 @@ class LoKr(Variant):
         return replace(self, window=window)
 
     def check(self, n_in: int, n_out: int) -> None:
-        """Raises ValueError for a rank or factor below 1, or an unknown initializer. There is no largest rank."""
+        """Raises ValueError for a factor below 1 or an unknown initializer. There is no largest rank."""
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} is below 1, the least that LoKr takes: use rank=1 or more")
+        super().check(n_in, n_out)
         if self.factor != -1 and self.factor < 1:
             raise ValueError(f"factor={self.factor} is neither -1 (nearest to the square root) nor at least 1")
         if self.initializer not in ("peft", "lycoris"):

@@ -65,10 +65,14 @@ class LoRAGA(Initializer):
         return a, b
 
     def check(self, rank: int, n_in: int, n_out: int) -> None:
-        """Raises ValueError for unknown names and where 2 r singular vectors do not exist."""
+        """Raises ValueError for unknown names, numbers out of range, and where 2 r singular vectors do not exist."""
         for name, value, known in (("direction", self.direction, DIRECTIONS), ("scale", self.scale, SCALES)):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown: it is one of {', '.join(known)}")
+        if not self.gamma > 0:
+            raise ValueError(f"gamma={self.gamma} must be positive: the start is divided by its root (the paper: 16)")
+        if self.iterations < 0:
+            raise ValueError(f"iterations={self.iterations} is negative: 0 is the exact SVD, 4 a good randomised one")
         if 2 * rank > min(n_in, n_out):
             raise ValueError(f"rank={rank} needs {2 * rank} singular vectors of the gradient, and a ({n_in}, {n_out}) "
                              f"weight has {min(n_in, n_out)}: lower the rank to {min(n_in, n_out) // 2} by a rule for "

@@ -39,6 +39,8 @@ class LoRAOne(Initializer):
         return v[:, :rank] * root[None, :], root[:, None] * ut[:rank]
 
     def check(self, rank: int, n_in: int, n_out: int) -> None:
-        """Raises ValueError unless gamma is positive."""
+        """Raises ValueError unless gamma is positive and iterations are not negative."""
         if not self.gamma > 0:
             raise ValueError(f"gamma={self.gamma} must be positive: it divides the start (the paper's code: 128)")
+        if self.iterations < 0:
+            raise ValueError(f"iterations={self.iterations} is negative: 0 is the exact SVD, 4 a good randomised one")

@@ -55,3 +55,4 @@ class SHiRA(Variant):
         if not 1 <= self.rank <= limit:
             raise ValueError(f"rank={self.rank} is outside 1..{limit}: rank * (in + out) entries of a weight with "
                              f"{n_in * n_out}, ({n_in}, {n_out}), are trained: lower the rank by a rule for this path")
+        super().check(n_in, n_out)
