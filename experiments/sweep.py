@@ -37,10 +37,11 @@ from lorajax.train.progress import Progress
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal, write_json
 from lorajax.train.step import TrainState, init_state
 
-# Numbers that may differ inside one program. Ranks may too where a run at a lower rank is the same run among zeros.
+# Numbers that may differ inside one program. Ranks may too where a run at a lower rank is the same run among zeros:
+# with these methods and these optimizers, which look at every element alone.
 NUMBERS = ("seed", "lr", "head_lr", "weight_decay", "variant.alpha", "variant.dropout", "optimizer.ratio")
 RANKS = ("variant.rank", "args.rank")
-RANKED = ("lora",)
+RANKED, ELEMENTWISE = ("lora",), ("adamw", "lora_plus", "lora_fa")
 
 
 class Member(NamedTuple):
@@ -124,15 +125,20 @@ def done(folder: Path) -> bool:
 
 
 def by_itself(c: ConfigDict) -> bool:
-    # What only a run of its own can do: read data before it starts, sum with earlier adapters, restart.
-    reads = getattr(build.variant(c), "statistic", None) is not None or c.ranks.budget > 0
-    return reads or bool(c.earlier.folders) or c.controller.name == "relora"
+    # What only a run of its own can do: read data before it starts, rewrite the base, restart, add to earlier adapters.
+    choices: list[Any] = [build.variant(c), *(choice for _, choice in build.also(c))]
+    reads = any(getattr(one, "statistic", None) is not None for one in choices) or c.ranks.budget > 0
+    changes = any(getattr(one, "rewrites_weight", False) for one in choices)
+    return reads or changes or bool(c.earlier.folders) or c.controller.name == "relora"
 
 
 def widens(c: ConfigDict) -> bool:
-    # Among zeros a run is the same unless something counts ranks: a controller, or LoRA-RITE's mean square.
-    counts = c.controller.name != "identity" or c.optimizer.name == "lora_rite"
-    return c.variant.name in RANKED and not counts
+    # Not with what counts ranks: a controller, an optimizer of whole matrices (the cut of LoRA-Pro's inverse), or
+    # frozen copies of the start, which stay at their own rank.
+    if c.variant.name not in RANKED or c.optimizer.name not in ELEMENTWISE or c.controller.name != "identity":
+        return False
+    method: Any = build.variant(c)
+    return not method.initial.subtracts
 
 
 def plan(launches: list[config.Launch], size: int) -> list[sweep.Group]:
@@ -186,7 +192,7 @@ def train_pack(group: sweep.Group, stop: Any) -> None:
         saved = stack.enter_context(Checkpoints(folder))
         lost: dict[int, str] = {}  # runs that came to nothing, and why: they stand still from there
         best: list[dict[str, Any]] = [{"step": 0, "scores": {}, "views": {}} for _ in members]
-        kept = jax.tree.map(jnp.copy, packed.state.trainable)
+        kept = jax.tree.map(jnp.copy, (packed.state.trainable, packed.state.control))
         step = 0
         if saved.latest() is not None:
             (state, kept), where = saved.restore((packed.state, kept))
@@ -226,7 +232,7 @@ def train_pack(group: sweep.Group, stop: Any) -> None:
                         if better and step >= m.controller.settled:
                             improved[i] = True
                             best[i] = {"step": step, "scores": scores[i], "views": views[i]}
-                    kept = choose(jnp.asarray(improved), packed.state.trainable, kept)
+                    kept = choose(jnp.asarray(improved), (packed.state.trainable, packed.state.control), kept)
                 if step % eval_every == 0 or step == total or stop:
                     where = {"best": best, "step": step, "lost": {str(i): why for i, why in lost.items()}}
                     saved.save(step, (packed.state, kept), where)
@@ -242,12 +248,13 @@ def train_pack(group: sweep.Group, stop: Any) -> None:
             if i in lost or steps[i] < total:
                 record(m.folder, lost.get(i, f"step {steps[i] + 1} of {total} was not finite"))
                 continue
-            trainable = narrow(unpack(kept, i), m.adapt.plan)
+            trainable, state = unpack(kept, i)
+            trainable = narrow(trainable, m.adapt.plan)
             adapter.save(m.folder / "adapter", m.adapt, trainable, m.frozen, base=model.fingerprint,
                          names=adapter_names(model.net.config), task_type="SEQ_CLS")
             summary = {"task": found.task.name, "headline": found.task.headline, "scores": best[i]["scores"]}
             summary |= {"best_step": best[i]["step"], "steps": total, "baselines": baselines}
-            summary |= {"trainable_parameters": m.trained, **m.controller.report(unpack(packed.state.control, i))}
+            summary |= {"trainable_parameters": m.trained, **m.controller.report(state)}
             summary |= {"views": best[i]["views"]} if best[i]["views"] else {}
             summary |= {"seconds": round(seconds, 1), "packed_with": len(members) - 1}
             summary |= {"device": jax.devices()[0].device_kind, "seed": m.launch.config.seed, "name": m.launch.name}

@@ -124,6 +124,12 @@ def variant(config: ConfigDict) -> Variant | Full:
     return _variant(config.variant.to_dict())
 
 
+def also(config: ConfigDict) -> list[Rule]:
+    """The rules of `config.also`."""
+    rows = [config.also[name].to_dict() for name in sorted(config.also)]
+    return [(fields.pop("paths"), _variant(fields)) for fields in rows]
+
+
 def _variant(fields: dict[str, Any]) -> Variant | Full:
     """A wrapper (DoRA) names the variant inside as `of`, 'none' for none; the hyperparameters that are not its own are
     those of the one inside."""
@@ -168,9 +174,7 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
         raise ConfigError(f"unknown targets {targets!r}{nearest(targets, known)} There are: {', '.join(known)}, "
                           f"or a regular expression that matches whole paths, such as '.*/query/kernel'")
     head: list[Rule] = [(f"{re.escape(top)}/.*", Full()) for top in sorted(tops)]
-    others = [config.also[name].to_dict() for name in sorted(config.also)]
-    also: list[Rule] = [(fields.pop("paths"), _variant(fields)) for fields in others]
-    return [*head, *also, (".*" if targets == "all" else targets, variant(config))]
+    return [*head, *also(config), (".*" if targets == "all" else targets, variant(config))]
 
 
 def as_saved(adapt: Adapt, folder: Path) -> Adapt:

@@ -66,6 +66,17 @@ def test_random_scores_are_of_the_seed() -> None:
     assert min(x.sum() for x in arrays(half).values()) > 4
 
 
+def test_the_draws_are_those_of_the_state() -> None:
+    """Runs of several seeds share a program, whose controller was made with one of them."""
+    adapt, trainable = adapted(VARIANT), start(VARIANT)[0]
+    one, two = (sparse(adapt, total_steps=4, density=0.25, score="random", start=0.25, seed=n) for n in (0, 1))
+    state, tree = two.init(trainable), noisy(trainable)
+    found = [jaxprs.jit(c.update)(tree, tree, tree, s)[1].masks
+             for c, s in ((one, one.init(trainable)), (one, state), (two, state))]
+    assert jax.tree.all(jax.tree.map(np.array_equal, found[1], found[2]))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, found[0], found[1]))
+
+
 @pytest.mark.parametrize("score", ["magnitude", "snip"])
 def test_b_at_zero_is_not_pruned_away(score: str) -> None:
     """At the start B's scores are all 0: it keeps its share all the same, by SNIP where its gradient is largest."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.sweep import by_itself, plan
 from lorajax import config
 from lorajax.sweep import chain, each, fixed, groups, launch, load_study, part, product, words, zipit
 
@@ -42,6 +43,30 @@ def test_runs_that_differ_in_numbers_alone_share_a_program() -> None:
         groups(launches, ["sed"], 1)
     with pytest.raises(config.ConfigError, match="a pack of 0 runs"):
         groups(launches, ["lr"], 0)
+
+
+@pytest.mark.parametrize(("trial", "sizes"), [
+    ({"config": "lora"}, [4]),
+    ({"config": "lora_plus"}, [4]),
+    ({"config": "lora_fa"}, [4]),
+    ({"config": "lora_pro"}, [2, 2]),  # counts ranks where it inverts
+    ({"config": "riemannian"}, [2, 2]),
+    ({"config": "pissa"}, [2, 2]),  # A0 and B0 stay at the run's rank
+    ({"config": "pissa", "variant.fold": True}, [1, 1, 1, 1]),  # each has a base of its own
+    ({"config": "eva"}, [1, 1, 1, 1]),
+])  # fmt: skip
+def test_what_a_program_takes_together(trial: dict[str, object], sizes: list[int]) -> None:
+    grid = product(fixed(**trial), each("arg.rank", [2, 4]), each("seed", [0, 1]))
+    groups = plan([launch(one, workdir="runs", resume=True) for one in grid], 8)
+    assert sorted(len(g.launches) for g in groups) == sorted(sizes)
+
+
+def test_a_further_rule_that_reads_data_makes_a_run_of_its_own() -> None:
+    c = launch({"config": "lora"}).config.copy_and_resolve_references()
+    assert not by_itself(c)
+    with c.unlocked():
+        c.also = {"first": {"paths": "qv", "name": "lora", "initializer": {"name": "eva"}}}
+    assert by_itself(c)
 
 
 def test_slices_cover_a_study_once() -> None:

@@ -124,3 +124,23 @@ def test_the_plan_comes_first_and_mistakes_are_named(files: Any, capsys: Any) ->
         sweep.main(["--pak=3"])
     with pytest.raises(config.ConfigError, match="no study given"):
         sweep.main([])
+
+
+def test_what_a_packed_run_reports_is_of_its_best_step(files: Any) -> None:
+    """The rate is next to nothing, so that the first evaluation stays the best, while gates go in every step."""
+    trial = {"config": "sora", "arg.task": "sst2", "arg.model": str(files / "model"), "arg.targets": "qv",
+             "data": str(files / "data"), "max_length": 16, "batch": 8, "eval_batch": 16, "epochs": 1.0, "shapes": 1,
+             "dropout": 0.0, "eval_every": 2, "lr": 1e-9, "controller.times_lr": False, "controller.threshold": 0.1}
+    study = files / "sora.py"
+    study.write_text("from ml_collections import ConfigDict\nfrom lorajax.sweep import each, fixed, product\n"
+                     "def get_config(arg=None):\n"
+                     f"    return ConfigDict({{'trials': product(fixed(**{trial!r}), each('seed', [0, 1]))}})\n")
+    sweep.main([f"--config={study}", f"--workdir={files / 'sora'}"])
+    summaries = list((files / "sora").rglob("summary.json"))
+    assert len(summaries) == 2
+    for file in summaries:
+        summary = json.loads(file.read_text())
+        kept = {row["step"]: row["eval/ranks_kept"] for row in rows(file.parent) if "eval/ranks_kept" in row}
+        assert summary["packed_with"] == 1
+        assert summary["best_step"] == 2
+        assert summary["ranks_kept"] == kept[2] > kept[8]

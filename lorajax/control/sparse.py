@@ -19,10 +19,12 @@ Arrays = dict[tuple[str, str], jax.Array]
 
 
 class SparseState(NamedTuple):
-    """step: () int32, updates done. masks: site path -> adapter of bools, None for what is not pruned."""
+    """step: () int32, updates done. masks: site path -> adapter of bools, None for what is not pruned. key: of the
+    random scores, constant; runs of one program have each their own."""
 
     step: jax.Array
     masks: dict[str, Any]
+    key: jax.Array
 
 
 def sparse(adapt: Any, *, total_steps: int, density: float = 0.1, score: str = "snip", scope: str = "global",
@@ -49,16 +51,17 @@ def sparse(adapt: Any, *, total_steps: int, density: float = 0.1, score: str = "
     left = densities(density, stages, schedule)
     given = masks
 
-    def pruned(masks: Any, trainable: Any, grads: Any, stage: int | jax.Array) -> Any:
-        return _pruned(adapt, masks, trainable, grads, left, stage, score, scope, seed)
+    def pruned(masks: Any, trainable: Any, grads: Any, stage: int | jax.Array, key: jax.Array) -> Any:
+        return _pruned(adapt, masks, trainable, grads, left, stage, score, scope, key)
 
     def init(trainable: Any) -> SparseState:
+        key = jax.random.key(seed)
         if given is not None:
-            return SparseState(jnp.int32(0), jax.tree.map(lambda m: jnp.asarray(m, bool), dict(given)))
+            return SparseState(jnp.int32(0), jax.tree.map(lambda m: jnp.asarray(m, bool), dict(given)), key)
         masks = _ones(adapt, trainable)
         if steps[0] == 0:
-            masks = pruned(masks, trainable, None, int(np.sum(steps == 0)) - 1)
-        return SparseState(jnp.int32(0), masks)
+            masks = pruned(masks, trainable, None, int(np.sum(steps == 0)) - 1, key)
+        return SparseState(jnp.int32(0), masks, key)
 
     def update(grads: Any, old: Any, new: Any, state: SparseState) -> tuple[Any, SparseState]:
         done, masks = state.step + 1, state.masks
@@ -66,10 +69,10 @@ def sparse(adapt: Any, *, total_steps: int, density: float = 0.1, score: str = "
             due = jnp.any(jnp.asarray(steps) == done)
             stage = jnp.maximum(jnp.sum(jnp.asarray(steps) <= done) - 1, 0)
             scored = old if score == "snip" else new
-            masks = jax.lax.cond(due, lambda: pruned(masks, scored, grads, stage), lambda: masks)
+            masks = jax.lax.cond(due, lambda: pruned(masks, scored, grads, stage, state.key), lambda: masks)
         zeros = {path: jax.tree.map(jnp.zeros_like, new[path]) for path in masks}
         held = {path: keep(m, adapt.plan[path].leaves, new[path], zeros[path]) for path, m in masks.items()}
-        return {**new, **held}, SparseState(done, masks)
+        return {**new, **held}, SparseState(done, masks, state.key)
 
     def report(state: SparseState) -> dict[str, float]:
         arrays = jax.tree.leaves(state.masks)
@@ -89,11 +92,12 @@ def prune(adapt: Any, trainable: Any, density: float = 0.1, *, score: str = "sni
     _check(adapt, density, score, scope)
     if score == "snip" and grads is None:
         raise ValueError("score='snip' multiplies parameters by gradients: give grads, or use score='magnitude'")
-    return _pruned(adapt, _ones(adapt, trainable), trainable, grads, np.array([density]), 0, score, scope, seed)
+    key = jax.random.key(seed)
+    return _pruned(adapt, _ones(adapt, trainable), trainable, grads, np.array([density]), 0, score, scope, key)
 
 
 def _pruned(adapt: Any, masks: Any, trainable: Any, grads: Any, left: np.ndarray, stage: int | jax.Array, score: str,
-            scope: str, seed: int) -> Any:
+            scope: str, key: jax.Array) -> Any:
     """`masks` less what falls below the threshold of `stage`."""
     on, values = _arrays(masks), _arrays(trainable)
     slopes = {at: jnp.abs(_arrays(grads)[at].astype(jnp.float32)) for at in on} if score == "snip" else {}
@@ -101,7 +105,7 @@ def _pruned(adapt: Any, masks: Any, trainable: Any, grads: Any, left: np.ndarray
     scores, silent = {}, []
     for at, mask in on.items():
         size = jnp.abs(values[at].astype(jnp.float32))
-        chance = jax.random.uniform(_key(seed, at), mask.shape, minval=0.5)  # never 0
+        chance = jax.random.uniform(_key(key, at), mask.shape, minval=0.5)  # never 0
         tries = {"random": [chance], "magnitude": [size, chance],
                  "snip": [size * slopes[at], slopes[at], chance] if slopes else []}[score]
         own = tuple(range(layers[at], mask.ndim))  # every layer of a stack is an array of its own
@@ -149,8 +153,8 @@ def _arrays(tree: Any) -> Arrays:
     return {(path, name): x for path, adapter in tree.items() for name, x in adapter._asdict().items() if x is not None}
 
 
-def _key(seed: int, at: tuple[str, str]) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32("/".join(at).encode()))
+def _key(key: jax.Array, at: tuple[str, str]) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32("/".join(at).encode()))
 
 
 def _check(adapt: Any, density: float, score: str, scope: str) -> None:
