@@ -184,6 +184,8 @@ def test_run_matches_the_published_loop(timing: str) -> None:
             assert sum(int(k.sum()) for k in state.kept.values()) == budget
     # delta_t = 4; the scores stop at 15, which only PEFT masks
     assert masked_steps == [4, 8, 12, *([15] if timing == "peft" else []), 16, 17, 18, 19]
+    first = 15 if timing == "peft" else 16
+    assert controller.settled == first + 1  # as many updates are done behind the one that masks for good
     assert update._cache_size() == 1
 
 

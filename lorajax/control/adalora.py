@@ -102,7 +102,9 @@ def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial
         masked = {path: new[path]._replace(E=jnp.where(due & ~keep[path], 0, new[path].E)) for path in paths}
         return {**new, **masked}, AdaLoRAState(t + 1, budget, mean, deviation, kept)
 
-    return Controller(init=init, masks=lambda state: None, update=update, settled=start,
+    # The pattern is final behind update `start` itself (peft), or the one after it.
+    settled = min(start + (1 if timing == "peft" or start % delta_t == 0 else 2), total_steps)
+    return Controller(init=init, masks=lambda state: None, update=update, settled=settled,
                       report=lambda state: {"ranks_kept": sum(int(k.sum()) for k in state.kept.values())})
 
 
