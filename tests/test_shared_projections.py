@@ -17,7 +17,7 @@ import lorajax as lj
 from lorajax import control
 from lorajax.core.variant import Variant
 from lorajax.io import adapter as files
-from lorajax.variants import DoRA, HydraLoRA, LoRA, LoRAXS, RandLoRA, ShareLoRA, VBLoRA, VeRA
+from lorajax.variants import IA3, DoRA, HydraLoRA, LoRA, LoRAXS, RandLoRA, ShareLoRA, VBLoRA, VeRA
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -120,6 +120,22 @@ def test_the_spectrum_of_a_shared_projection() -> None:
     trainable, frozen, found = deltas(VeRA(rank=3, d_initial=1.0))
     for path, sigma in control.spectra(lj.adapt(SITES, [(".*", VeRA(rank=3))]), trainable, frozen).items():
         close(sigma, np.linalg.svd(found[path], compute_uv=False)[:3])
+
+
+def test_each_layer_scales_its_own_part_of_a_sum_over_layers() -> None:
+    """A stack whose layers are also summed over in one product: a projection without the stack, vectors with it."""
+    params, x = {"w": jnp.float32(draw(3, 4, 5))}, jnp.float32(draw(3, 2, 4, seed=4))
+
+    def fn(params: Any, x: jax.Array) -> Any:
+        return jnp.einsum("lbi,lio->lbo", x, params["w"]), jnp.einsum("lbi,lio->bo", x, params["w"])
+
+    adapt = lj.adapt(lj.sites(fn, params, x), [("w", VeRA(rank=2))])
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    trainable = filled(trainable)
+    assert trainable["w"].d.shape == (3, 2)
+    for have, want in zip(lj.lift(fn, strict=True)(adapt.bind(trainable, frozen), x),
+                          fn(adapt.merge(trainable, frozen), x), strict=True):
+        close(have, np.float64(want))
 
 
 def test_vera_with_and_without_dora_read_one_projection() -> None:
@@ -397,6 +413,7 @@ def test_a_saved_adapter_holds_its_projection_or_draws_it_again(save: bool, tmp_
         (ShareLoRA(rank=2, group="a.b"), r"group='a.b' has a '\.'"),
         (HydraLoRA(rank=2, heads=0), r"heads=0 is below 1"),
         (DoRA(VBLoRA(rank=2, vector_length=4)), r"VBLoRA does not start at zero.*such as DoRA"),
+        (IA3(unit_dropout=0.1), r"unit_dropout=0.1, but IA3 has no factors with rows and columns"),
         (DoRA(LoRA(rank=2, rank_dropout=0.1)), r"rank_dropout=0.1 of LoRA inside DoRA has no effect: give it to"),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Variant) else "",

@@ -185,7 +185,7 @@ def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled,
     o = term.o
     if o is not None and contracted.intersection(o.dims):  # the weight is used transposed: its outputs are the input
         x, o = times(x, o), None
-    keep = {*out, *second.labels}
+    keep = {*out, *second.labels, *(term.e.dims if term.e is not None else ())}
     pair = (first, x) if node_left else (x, first)
     hidden = meet(*pair, keep, mesh, spec, precision=how["precision"])
     hidden = hidden._replace(array=term.scaled(hidden.array))
