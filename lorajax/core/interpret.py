@@ -178,7 +178,7 @@ def _scan(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         def body(carry, sliced):
             out = self.inside(p["jaxpr"], [*consts, *carry, *[r.put(s) for r, s in zip(rows, sliced, strict=True)]])
             done = _handed_on(carry, out[:n_carry], lambda v: self.merge(v, eqn, "a loop returns it"))
-            return done, out[n_carry:]
+            return done, list(map(_plain, out[n_carry:]))
 
         carry, ys = lax.scan(body, carry, [r.sliced for r in rows], length=p["length"], reverse=p["reverse"],
                              unroll=p["unroll"])
@@ -215,6 +215,11 @@ class _Rows:
         return self.node.map(w, change)
 
 
+def _plain(y: Any) -> Any:
+    """A node whose factors are stored in their own shape, as what slices, stacks or shards them needs."""
+    return y.map(y.w, lambda f: Factor(f.array, f.dims)) if is_bound(y) else y
+
+
 def _stacked(y: Any) -> Any:
     """A bound weight that every iteration returned: its leaves have a new dimension 0."""
     if not is_bound(y):
@@ -249,7 +254,7 @@ def _cond(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 
 def _shard_map(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     p = eqn.params
-    values = [v.map(v.w, lambda f: Factor(f.array, f.dims)) if is_bound(v) else v for v in values]
+    values = list(map(_plain, values))
 
     def spec(value, full):
         if not is_bound(value):

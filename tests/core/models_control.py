@@ -94,6 +94,17 @@ def control_weight_in_carry() -> Built:
     return one(fn, d(8, 12), normal(5, 7, 8))
 
 
+@case({"w": Weight((0,), (1, 2))})
+def control_scan_returns_a_constant() -> Built:
+    """Each step returns a kernel of three dimensions that it closes over."""
+
+    def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+        every = lax.scan(lambda c, _: (c, w), 0.0, None, length=2)[1]
+        return jnp.einsum("bi,ihd->bhd", x, every[1])
+
+    return one(fn, d(8, 2, 6), X)
+
+
 @case(STACK)
 def control_scan_returns_weights() -> Built:
     """One scan hands the transposed weights on to the next."""
