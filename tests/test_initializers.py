@@ -327,6 +327,20 @@ def test_adapters_of_several_starts_share_one_base() -> None:
     np.testing.assert_allclose(both, net(sums, INPUT), atol=1e-5)
 
 
+def test_what_replaces_a_weight_is_bound_first_or_adds_up() -> None:
+    """Onto another adapter: a folded start is refused, since its weight would be lost; a whole weight that trains
+    keeps the other's update."""
+    one, tr1, fr1 = adapted(LoRA(rank=2, initializer="pissa"))
+    tr1, onto = jax.tree.map(lambda x: 1.2 * x, tr1), functools.partial(one.bind, frozen=fr1)
+    folded, tr2, fr2 = adapted(LoRA(rank=2, initializer="pissa", fold=True))
+    with pytest.raises(ValueError, match=r"LoRA starts from another weight than the base.*bind this one first"):
+        folded.bind(tr2, fr2, onto=onto(tr1))
+    whole = lj.adapt(SITES, [("split", lj.Full())])
+    tr3, fr3 = whole.init(jax.random.key(0), PARAMS)
+    both = lj.lift(net, strict=True)(whole.bind(tr3, fr3, onto=onto(tr1)), INPUT)
+    np.testing.assert_allclose(both, net(one.merge(tr1, fr1), INPUT), atol=1e-5)
+
+
 def test_rank_masks_leave_the_start_alone() -> None:
     """All ranks masked: W - s A0 B0, as with PEFT's folded weight."""
     adapt, trainable, frozen = adapted(LoRA(rank=2, alpha=3.0, initializer="pissa"))

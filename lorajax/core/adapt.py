@@ -151,7 +151,7 @@ class Adapt:
 
         key: PRNG key that turns the adapters' dropout on (training). masks: path -> multipliers, (stack..., rank) for
         every trainable array along its rank dimension or one for each array; see `masks`. onto: a tree that another
-        Adapt of the same model has bound; its adapters and these add up.
+        Adapt of the same model has bound; its adapters and these add up. ValueError for one that rewrites its weight.
         """
         for path in masks or ():
             if path not in self.plan:
@@ -165,10 +165,16 @@ class Adapt:
                 adapter = type(adapter)(*[train if fixed is None else fixed for train, fixed in halves])
             if masks and path in masks:
                 adapter = apply(masks[path], choice.leaves, adapter)
+            weight: Any = leaves.get(path)
             if isinstance(choice, Full):
-                leaves[path] = adapter.w.astype(self.sites.leaves[path].dtype)
+                w = adapter.w.astype(self.sites.leaves[path].dtype)
+                leaves[path] = Bound(w, weight.terms, path) if is_bound(weight) else w
                 continue
-            site, weight = self.sites[path], leaves[path]
+            if onto is not None and choice.rewrites_weight:
+                raise ValueError(f"{path}: {type(choice).__name__} starts from another weight than the base, and the "
+                                 f"tree it is bound onto has its own: bind this one first and the others onto it, or "
+                                 f"set fold=False")
+            site = self.sites[path]
             w, terms = (weight.w, weight.terms) if is_bound(weight) else (weight, ())
             shared = self.shared(path, trainable, frozen)
             if choice.factored:
