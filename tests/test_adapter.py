@@ -124,7 +124,7 @@ def test_another_variant_is_refused(tmp_path: Path, variant: Any, words: str) ->
 def test_dropout_is_no_difference_and_shapes_are_one_even_when_allowed(tmp_path: Path) -> None:
     params = made()
     adapter.save(tmp_path / "a", *trained(LoRA(2), params), names=NAMES)
-    adapter.load(tmp_path / "a", trained(LoRA(2, dropout=0.1), params)[0], params)
+    adapter.load(tmp_path / "a", trained(LoRA(2, dropout=0.1, unit_dropout=0.1), params)[0], params)
     with pytest.raises(adapter.AdapterMismatch, match=r"layer_0/a/kernel.A is \(12, 2\) in .*, asked for \(12, 3\)"):
         adapter.load(tmp_path / "a", trained(LoRA(3), params)[0], params, allow_mismatch=True)
 

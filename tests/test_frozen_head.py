@@ -30,6 +30,15 @@ def test_value_and_gradient_are_the_plain_ones(chunk: int) -> None:
     np.testing.assert_allclose(frozen_head_loss(*given, chunk=chunk), want, rtol=1e-6)
 
 
+def test_what_has_no_weight_needs_no_label() -> None:
+    """-100 where nothing counts, as Hugging Face marks it; a table smaller than that has no such row."""
+    hidden, kernel, labels, weights = arrays((9,), 4, 7)
+    marked = jnp.where(weights > 0, labels, -100)
+    one, two = (jax.value_and_grad(frozen_head_loss)(hidden, kernel, x, weights, chunk=4) for x in (labels, marked))
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+
+
 def test_the_head_gets_no_gradient() -> None:
     given = arrays((5,), 4, 9)
     assert not jax.grad(lambda k: frozen_head_loss(given[0], k, *given[2:], chunk=2))(given[1]).any()

@@ -13,7 +13,7 @@ from lorajax.core.variant import Full
 from lorajax.variants import NAMES
 from lorajax.variants.lora import INITIALIZERS
 
-OF_TRAINING = ("dropout", "rank_dropout", "module_dropout", "freeze_a")
+OF_TRAINING = ("dropout", "rank_dropout", "unit_dropout", "module_dropout", "freeze_a")
 """Hyperparameters that a trained adapter's result does not depend on."""
 
 

@@ -21,7 +21,7 @@ def frozen_head_loss(
     """
     kernel, weights = jax.lax.stop_gradient((kernel, weights))
     flat, weights = hidden.reshape(-1, hidden.shape[-1]), weights.reshape(-1).astype(jnp.float32)
-    labels = labels.reshape(-1)
+    labels = jnp.where(weights > 0, labels.reshape(-1), 0)  # what does not count may be no label at all (-100)
     short = -flat.shape[0] % chunk if flat.shape[0] > chunk else 0
     if short:
         flat, labels, weights = (jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1))) for x in (flat, labels, weights))
