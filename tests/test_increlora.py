@@ -107,6 +107,21 @@ def test_growth_step_by_step_in_numpy() -> None:
     assert controller.report(state) == {"ranks_kept": 13}
 
 
+@pytest.mark.parametrize("favour", ["q", "layers", "v"])
+def test_growth_is_over_when_the_run_says_so(favour: str) -> None:
+    """There are five matrices for rounds of ten; and of rounds of four, when four are full one is left."""
+    for top_h, total, settled in ((10, 9, 7), (4, 13, 13)):
+        controller = increlora(ADAPT, total_steps=total, target_rank=5, warmup=0, interval=3, top_h=top_h)
+        assert controller.settled == settled
+        tree = random_tree(0, {path: np.ones(SITES[path].stack_shape, int) for path in ADAPT.plan})
+        grads = jax.tree.map(jnp.ones_like, tree)
+        grads[favour] = jax.tree.map(lambda x: 100 * x, grads[favour])
+        state, update = controller.init(tree), jax.jit(controller.update)
+        for _ in range(settled):
+            tree, state = update(grads, tree, tree, state)
+        assert controller.report(state) == {"ranks_kept": 25}
+
+
 def test_training_grows_to_the_budget_and_compacts_to_adalora() -> None:
     trainable, frozen = ADAPT.init(jax.random.key(0), BASE)
     controller = increlora(ADAPT, total_steps=20, target_rank=2.2, warmup=2, interval=3, top_h=1)

@@ -59,7 +59,8 @@ def increlora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, warmup:
                          f"a target in {start / sum(count.values()):g}..{most / sum(count.values()):g}")
     first, every = (round(t * total_steps) if t < 1 else int(t) for t in (warmup, interval))
     every = max(every, 1)
-    rounds = -(-((target - start) // grow) // top_h)
+    rooms = [(v.rank - v.initial) // grow for path, v in plan.items() for _ in range(count[path])]
+    rounds = most_rounds((target - start) // grow, top_h, rooms)
     done = (first // every + rounds) * every + 1 if rounds else 0
     if done > total_steps:
         raise ValueError(f"{rounds} rounds of growth, one each {every} steps after {first}, end at step {done} of a "
@@ -88,6 +89,19 @@ def increlora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, warmup:
 
     return Controller(init=init, masks=lambda state: None, update=update, settled=done,
                       report=lambda state: {"ranks_kept": int(_sum(state.ranks))})
+
+
+def most_rounds(left: int, top_h: int, rooms: list[int]) -> int:
+    """In how many rounds `left` growths are over at the latest: when the matrices that are nearly full go first, so
+    that soon fewer than `top_h` of them have room. rooms: how many times each matrix can grow, together at least
+    `left`."""
+    rooms, rounds = sorted(rooms), 0
+    while left > 0:
+        growing = [i for i, room in enumerate(rooms) if room > 0][:min(top_h, left)]
+        for i in growing:
+            rooms[i] -= 1
+        left, rounds = left - len(growing), rounds + 1
+    return rounds
 
 
 def highest(value: dict[str, jax.Array], k: jax.Array) -> dict[str, jax.Array]:
