@@ -87,6 +87,13 @@ def test_pairs_are_found_by_leaf_table_with_each_sites_scale() -> None:
     assert {path: (p.a, p.b, p.scale) for path, p in found.items()} == {"q": ("A", "B", 0.5), "layers": ("A", "B", 2.0)}
 
 
+def test_nothing_to_project_is_an_error() -> None:
+    w = {"w": jnp.ones((4, 4))}
+    adapt = lj.adapt(lj.sites(lambda p, x: x @ p["w"], w, jnp.ones((2, 4))), [("w", AdaLoRA(rank=2))])
+    with pytest.raises(ValueError, match=r"found no LoRA site.*the rules made AdaLoRA: give at least one path LoRA"):
+        optim.NAMES["lora_fa_projected"](1e-3, adapt=adapt, weight_decay=0.0)
+
+
 @pytest.mark.parametrize("name", ["riemannian", "lora_pro", "lora_rite"])
 def test_no_pair_is_an_error(name: str) -> None:
     w = {"w": jnp.ones((4, 4))}

@@ -30,6 +30,10 @@ def _lora_fa(learning_rate: Any, *, adapt: Any, **settings: Any) -> optax.Gradie
 
 def _lora_fa_projected(learning_rate: Any, *, adapt: Any, **settings: Any) -> optax.GradientTransformation:
     scales = {path: variant.scale for path, variant in adapt.plan.items() if isinstance(variant, LoRA)}
+    if not scales:
+        found = sorted({type(variant).__name__ for variant in adapt.plan.values()})
+        raise ValueError(f"lora_fa_projected found no LoRA site, so there is no gradient to project; the rules made "
+                         f"{', '.join(found) or 'none'}: give at least one path LoRA(...), or use 'adamw'")
     return lora_fa_projected(learning_rate, adapt.labels, scales, **settings)
 
 
