@@ -58,11 +58,11 @@ def main(argv: list[str]) -> None:
     one = batches["train"].batch(0, 0)
     sites = lj.sites(model.net.apply, model.variables, *inputs(one))
     adapt = lj.adapt(sites, build.rules(c, model))
-    if c.ranks.budget:
-        adapt = by_importance(c, adapt, model, found.task, batches, adapter_key)
-    adapt = build.after(c, adapt, model)
     folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
     resumed = launch.options["resume"] and (folder / "start").exists()
+    if c.ranks.budget and not resumed:
+        adapt = by_importance(c, adapt, model, found.task, batches, adapter_key)
+    adapt = build.after(c, adapt, model)
     begin = resume_start if resumed else make_start
     adapt, trainable, frozen = begin(c, adapt, found.task, model, batches, adapter_key, folder / "start")
     print(adapt)
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         if run.finished:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
-        if not resumed and (adapt.kept(frozen) or stats_of(adapt)):
+        if not resumed and (adapt.kept(frozen) or reads_data(c, adapt)):
             adapter.save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
         state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
@@ -200,8 +200,8 @@ def make_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: jax
 
 def resume_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: jax.Array, start: Path) -> Any:
     # The same, read: a resumed run neither reads the data again nor repeats a decomposition, which another machine may
-    # round differently. (Ranks that redistribution moved are in the saved plan.)
-    adapt = build.as_saved(adapt, start) if stats_of(adapt) else adapt
+    # round differently. (Ranks that importance or redistribution moved are in the saved plan.)
+    adapt = build.as_saved(adapt, start) if reads_data(c, adapt) else adapt
     trainable, frozen = adapter.load(start, adapt, model.variables, base=model.fingerprint)
     return adapt, trainable, frozen
 
@@ -209,6 +209,10 @@ def resume_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: j
 def stats_of(adapt: Any) -> dict[str, Any]:
     # What reads data: path -> statistic.
     return {path: v.statistic for path, v in adapt.plan.items() if getattr(v, "statistic", None)}
+
+
+def reads_data(c: Any, adapt: Any) -> bool:
+    return bool(c.ranks.budget or stats_of(adapt))
 
 
 def tokens(batch: data.Batch) -> jax.Array:

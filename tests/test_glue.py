@@ -157,7 +157,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(files, tmp_path, monkeypatc
     same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize(("name", "targets"), [("eva", "all-linear"), ("pissa", "qv")])
+@pytest.mark.parametrize(("name", "targets"), [("eva", "all-linear"), ("pissa", "qv"), ("ranks", "qv")])
 def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypatch, name, targets):
     """It reads no data again and decomposes nothing again; ranks that were redistributed are as they were."""
     args = (name, f",rank=2,targets={targets}", "--config.probe=false", "--config.calibrate.batches=2")
@@ -173,6 +173,7 @@ def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypa
         raise AssertionError("done again")
 
     monkeypatch.setattr(glue.lj, "calibrate", refuse)
+    monkeypatch.setattr(glue.control, "importance", refuse)
     monkeypatch.setattr(jax.numpy.linalg, "svd", refuse)
     glue.main(words(files, tmp_path / "cut", *args))
     same(tmp_path / "whole", tmp_path / "cut")
@@ -184,6 +185,9 @@ def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypa
         assert len(set(ranks.values())) > 1
         assert {site["alpha"] / site["rank"] for site in loras.values()} == {8.0}
         assert set(build.adapter.plan(cut / "adapter")) == set(record)
+    elif name == "ranks":
+        assert sum(ranks.values()) == 2 * 4
+        assert len(set(ranks.values())) > 1
     else:
         assert set(ranks.values()) == {2}
         saved, began = (load_file(cut / name / "lorajax_adapter.safetensors") for name in ("adapter", "start"))
