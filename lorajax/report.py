@@ -70,15 +70,20 @@ def read(folder: str | Path, metric: str = "") -> list[Result]:
 
 def method(name: str) -> str:
     """A run's name without what does not make a method: task, learning rate, data folder."""
-    kept = [part for part in name.split(",") if part.partition("=")[0] not in ("task", "lr", "data", "model")]
-    return ",".join(kept)
+    return _without(name, "task", "lr", "data")
+
+
+def _without(name: str, *keys: str) -> str:
+    return ",".join(part for part in name.split(",") if part.partition("=")[0] not in keys)
 
 
 def cells(results: Iterable[Result]) -> list[Cell]:
-    """The table's cells, tasks and methods in order of appearance."""
+    """The table's cells, tasks and methods in order of appearance. Runs of several models are several methods."""
+    runs = list(results)
+    models = {tuple(part for part in run.method.split(",") if part.startswith("model=")) for run in runs}
     grouped: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for result in results:
-        grouped[result.task, result.method].append(result)
+    for run in runs:
+        grouped[run.task, run.method if len(models) > 1 else _without(run.method, "model")].append(run)
     return [_cell(task, name, runs) for (task, name), runs in grouped.items()]
 
 

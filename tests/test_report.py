@@ -80,6 +80,12 @@ def test_runs_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         main([str(tmp_path), "--cvs=x"])
 
 
+def test_models_are_not_mixed() -> None:
+    runs = [run("rte", name, 1.0, 0, score) for name, score in (("lora", 0.5), ("lora,model=base", 0.9))]
+    assert [(c.method, c.mean) for c in cells(runs)] == [("lora", 0.5), ("lora,model=base", 0.9)]
+    assert [c.method for c in cells(runs[1:])] == ["lora"]
+
+
 def test_a_method_is_its_structure() -> None:
     assert method("lora,rank=4,task=rte,lr=0.002,variant.rslora=True") == "lora,rank=4,variant.rslora=True"
     assert markdown(cells([run("rte", "lora", 1.0, 0, 0.5)])).startswith("| method | rte | parameters | seconds |")
