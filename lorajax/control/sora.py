@@ -72,7 +72,7 @@ def sora(adapt: Any, *, total_steps: int, learning_rate: float | Callable[[Any],
         init=lambda trainable: SoRAState(jnp.int32(0), jnp.float32(0), left(trainable)),
         masks=lambda state: None,
         update=update,
-        settled=starts[-1],
+        settled=min(starts[-1] + 1, total_steps) if len(starts) > 1 else 0,
         report=lambda state: {"ranks_kept": sum(int(n.sum()) for n in state.left.values()),
                               "threshold": float(state.threshold)},
     )
