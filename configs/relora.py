@@ -6,11 +6,12 @@ r"""ReLoRA (arXiv 2307.05695) on a GLUE task or on `reviews`.
 
 LoRA that is merged into the weights and starts anew, `every` steps (below 1: a share of the run), so that what is
 learned in all has a rank of several times `rank`. At a restart most of Adam's moments of A and B are zeroed (prune:
-`magnitude`, or `random`, which takes ratio 0.999 in the released code), and the learning rate climbs from 0 in
-`restart_warmup` steps to a cosine that goes down to a tenth over the run. The paper pretrains at rank 128 and alpha 32
-with restarts every 5,000 steps.
+`magnitude`, or `random`, which takes ratio 0.999 in the released code; a first moment goes with its second), and the
+learning rate climbs from 0 in `restart_warmup` steps to a cosine that goes down to a tenth over the run. The paper
+pretrains at rank 128 and alpha 32 with restarts every 5,000 steps.
 
-Measured: not yet.
+Measured (reviews, minilm, seed 0, `--config.epochs=0.6`: 179 steps with 3 restarts; 2 cores of an AMD EPYC, JAX 0.10.2,
+2026-11-22): accuracy 0.848; majority class 0.487. The full run and a GLUE task: not yet.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ import pytest
 import lorajax as lj
 from lorajax.core.variant import Seen
 from lorajax.io import adapter as files
-from lorajax.variants import INITIALIZERS, DoRA, LoRA, MiCA
+from lorajax.variants import INITIALIZERS, DeLoRA, DoRA, LoRA, MiCA
 from lorajax.variants.corda import CorDA, Covariance
 from lorajax.variants.eva import EVA, Spectrum, redistribute
 from lorajax.variants.initializer import Initializer, MeanGradient
@@ -497,3 +497,17 @@ def test_mica_is_pefts() -> None:
     ours, _ = MiCA(rank=R).init(jax.random.key(0), jnp.float32(W))
     np.testing.assert_allclose(np.float64(ours.B).T @ np.float64(ours.B), b.T @ b, atol=1e-5)
     assert not layer.lora_A["default"].weight.detach().numpy().any()
+
+
+@pytest.mark.parametrize("variant", [
+    lj.LoRA(rank=4, initializer="pissa", rank_dropout=0.5), DeLoRA(rank=4, initializer="residual", rank_dropout=0.5),
+    DoRA(of=lj.LoRA(rank=4, initializer="pissa"), rank_dropout=0.5)])  # fmt: skip
+def test_a_component_is_dropped_with_what_takes_its_start_off(variant: Any) -> None:
+    """At the start each component and its frozen copy cancel, so dropping any of them changes nothing."""
+    w, x = {"w": jnp.float32(np.random.default_rng(0).normal(size=(12, 8)))}, jnp.ones((3, 12))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    adapt = lj.adapt(lj.sites(fn, w, x), [("w", variant)])
+    trainable, frozen = adapt.init(jax.random.key(0), w)
+    for seed in range(4):
+        out = lj.lift(fn)(adapt.bind(trainable, frozen, key=jax.random.key(seed)), x)
+        np.testing.assert_allclose(out, x @ w["w"], rtol=1e-4, atol=1e-4)

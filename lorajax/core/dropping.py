@@ -22,8 +22,9 @@ def dropping(term: Term, site: Site, choice: Variant, key: jax.Array) -> Term:
         rate = Factor(jnp.asarray(choice.dropout, jnp.float32), ())
         term = term._replace(key=Factor(keys, site.stack_axes), rate=rate)
     if term.a is not None and may_drop(choice.rank_dropout):
-        shape = (*site.stack_shape, term.a.size(RANK))
+        shape = (*site.stack_shape, term.a.size(RANK) // (2 if choice.mirrored else 1))
         on = kept(choice.rank_dropout, jax.random.fold_in(key, 1), shape) / (1.0 - choice.rank_dropout)
+        on = jnp.concatenate([on, on], -1) if choice.mirrored else on
         term = _scaled(term, Factor(on, (*site.stack_axes, RANK)))
     if term.a is not None and may_drop(choice.unit_dropout):
         a, o = (Factor(kept(choice.unit_dropout, jax.random.fold_in(key, 3 + i), tuple(site.shape[d] for d in dims))

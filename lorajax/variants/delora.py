@@ -54,6 +54,11 @@ class DeLoRA(Variant):
         "B0": Leaf("b", ("rank", "out"), trainable=False),
     }
 
+    @property
+    def mirrored(self) -> bool:  # type: ignore[override]
+        """With the ``residual`` start."""
+        return self.initializer == "residual"
+
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[DeLoRAAdapter, jax.Array]:
         """Returns (A, B, lam, norm) and, for ``residual``, copies of A and B; and `w` itself."""
         (n_in, n_out), r = w.shape, self.rank

@@ -107,6 +107,11 @@ class LoRA(Variant):
         return self.initial.statistic(self.rank)
 
     @property
+    def mirrored(self) -> bool:  # type: ignore[override]
+        """Where the start is taken off by copies."""
+        return self.initial.subtracts and not self.fold
+
+    @property
     def rewrites_weight(self) -> bool:  # type: ignore[override]
         """Where the start is folded into the weight."""
         return self.fold and self.initial.subtracts

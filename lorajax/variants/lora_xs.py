@@ -58,7 +58,8 @@ class LoRAXS(Variant):
 
     def factors(self, adapter: LoRAXSAdapter, w: Any) -> Factors:
         """a = A, b = R B, s."""
-        return Factors(a=adapter.A, b=adapter.R @ adapter.B, s=self.alpha / self.rank)
+        with jax.default_matmul_precision("highest"):
+            return Factors(a=adapter.A, b=adapter.R @ adapter.B, s=self.alpha / self.rank)
 
     def check(self, n_in: int, n_out: int) -> None:
         """Raises ValueError for a negative number of iterations."""

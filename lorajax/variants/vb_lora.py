@@ -91,4 +91,4 @@ class VBLoRA(Variant):
 def mixed(logits: jax.Array, bank: jax.Array, topk: int) -> jax.Array:
     """(..., length): the `topk` vectors with the largest logits, averaged with the softmax of these."""
     largest, index = lax.top_k(logits, topk)
-    return jnp.einsum("...k,...kl->...l", jax.nn.softmax(largest, axis=-1), bank[index])
+    return jnp.einsum("...k,...kl->...l", jax.nn.softmax(largest, axis=-1), bank[index], precision="highest")
