@@ -34,7 +34,7 @@ from lorajax.models import adapter_names
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.train.pack import Pack, Parts, make_packed_eval, make_packed_step, pack, unpack, widen
 from lorajax.train.progress import Progress
-from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal, write_json
+from lorajax.train.run import EXIT_INTERRUPTED, Run, run_folder, stop_on_signal, write_json
 from lorajax.train.step import TrainState, init_state
 
 # Numbers that may differ inside one program. Ranks may too where a run at a lower rank is the same run among zeros:
@@ -74,16 +74,16 @@ def main(argv: list[str]) -> None:
             group = groups.pop(0)
             try:
                 train(group, stop)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or len(group.launches) == 1:
-                    failed(group, error)
-                else:  # two halves in its place
-                    half = len(group.launches) // 2
-                    print(f"out of memory with {len(group.launches)} runs together: {half} at a time", flush=True)
-                    groups[:0] = sweep.groups(group.launches, group.differ, half)
+            except Exception as error:  # one run's mistake must not take the study down, nor its pack
+                count = len(group.launches)
+                if count > 1:
+                    memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+                    size = count // 2 if memory else 1
+                    print(f"{count} runs together: {type(error).__name__}: {str(error)[:200]}; now {size} at a time",
+                          flush=True)
+                    groups[:0] = sweep.groups(group.launches, group.differ, size)
                     continue
-            except Exception as error:  # one run's mistake must not take the study down
-                failed(group, error)
+                failed(group.launches[0], error)
             if not stop:
                 finished += len(group.launches)
                 left = (time.monotonic() - began) / finished * (len(todo) - finished)
@@ -153,6 +153,9 @@ def plan(launches: list[config.Launch], size: int) -> list[sweep.Group]:
 def describe(launches: list[Any], todo: list[Any], groups: list[sweep.Group]) -> None:
     print(f"{len(launches)} runs, {len(launches) - len(todo)} of them finished; {len(todo)} to train in {len(groups)} "
           f"programs")
+    lost = [one for one in launches if (folder_of(one) / "failed.json").exists()]
+    if lost:
+        print(f"  {len(lost)} of the finished ones failed; a run whose failed.json is deleted is tried again")
     for group in groups:
         first = group.launches[0]
         differ = f" (differ in {', '.join(group.differ)})" if group.differ else ""
@@ -380,11 +383,9 @@ def narrow(trainable: Any, plan: dict[str, Any]) -> Any:
     return {path: cut(path, arrays) if path in plan else arrays for path, arrays in trainable.items()}
 
 
-def failed(group: sweep.Group, error: Exception) -> None:
-    print(f"{group.launches[0].name}: {type(error).__name__}: {error}", flush=True)
-    if isinstance(error, (RunError, config.ConfigError)):
-        return  # a mistake of the command or a folder in use: nothing to remember
-    for one in group.launches:
+def failed(one: config.Launch, error: Exception) -> None:
+    print(f"{one.name}: {type(error).__name__}: {error}", flush=True)
+    if not isinstance(error, glue.EXPLAINED):  # those are the command's or the machine's: the next attempt may succeed
         record(folder_of(one), "".join(traceback.format_exception(error))[-4000:])
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tiny import glue_folder, model_folder
@@ -144,3 +145,24 @@ def test_what_a_packed_run_reports_is_of_its_best_step(files: Any) -> None:
         assert summary["packed_with"] == 1
         assert summary["best_step"] == 2
         assert summary["ranks_kept"] == kept[2] > kept[8]
+
+
+def test_a_pack_that_fails_is_tried_run_by_run(files: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    tried = []
+
+    def train(group: Any, stop: Any) -> None:
+        tried.append(len(group.launches))
+        if len(group.launches) > 2 and not tried[:-1]:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        if len(group.launches) > 1 or group.launches[0].config.seed == 2:
+            raise ZeroDivisionError("by that run")
+
+    monkeypatch.setattr(sweep, "train", train)
+    sweep.main([f"--config={files / 'study.py'}", f"--workdir={tmp_path}"])
+    assert tried[:3] == [5, 2, 1]
+    assert tried.count(1) == 6
+    (failed,) = tmp_path.rglob("failed.json")
+    assert failed.parent.name == "seed=2"
+    assert "by that run" in failed.read_text()
+    sweep.main([f"--config={files / 'study.py'}", f"--workdir={tmp_path}", "--dry-run"])
+    assert "1 of the finished ones failed; a run whose failed.json is deleted" in capsys.readouterr().out
