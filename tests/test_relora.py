@@ -188,7 +188,7 @@ def test_what_packs_cannot_do_runs_by_itself(name) -> None:
         (1, True), (1, True), (2, False)]
 
 
-@pytest.mark.parametrize(("name", "together"), [("lora", True), ("riemannian", True), ("lora_rite", False),
+@pytest.mark.parametrize(("name", "together"), [("lora", True), ("riemannian", False), ("lora_rite", False),
                                                 ("reduce", False)])  # fmt: skip
 def test_ranks_share_a_program_only_where_nothing_counts_them(name, together) -> None:
     trials = [{"config": name, "arg.rank": rank} for rank in (2, 4)]
