@@ -12,7 +12,7 @@ import pytest
 import lorajax as lj
 from lorajax.core.variant import Seen
 from lorajax.io import adapter as files
-from lorajax.variants import INITIALIZERS, DeLoRA, DoRA, LoRA, MiCA
+from lorajax.variants import INITIALIZERS, DeLoRA, DoRA, KaSA, LoRA, MiCA
 from lorajax.variants.corda import CorDA, Covariance
 from lorajax.variants.eva import EVA, Spectrum, redistribute
 from lorajax.variants.initializer import Initializer, MeanGradient
@@ -511,3 +511,16 @@ def test_a_component_is_dropped_with_what_takes_its_start_off(variant: Any) -> N
     for seed in range(4):
         out = lj.lift(fn)(adapt.bind(trainable, frozen, key=jax.random.key(seed)), x)
         np.testing.assert_allclose(out, x @ w["w"], rtol=1e-4, atol=1e-4)
+
+
+def test_what_kasa_took_from_the_weight_is_never_dropped() -> None:
+    """B = 0 at the start, so with every rank dropped or kept the weight is W without its least components."""
+    w, x = {"w": jnp.float32(np.random.default_rng(0).normal(size=(12, 8)))}, jnp.ones((3, 12))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    adapt = lj.adapt(lj.sites(fn, w, x), [("w", KaSA(rank=3, rank_dropout=0.5))])
+    trainable, frozen = adapt.init(jax.random.key(0), w)
+    u, s, vt = np.linalg.svd(np.float64(w["w"]), full_matrices=False)
+    want = np.float64(x) @ (u[:, :-3] * s[:-3]) @ vt[:-3]
+    for seed in range(4):
+        out = lj.lift(fn)(adapt.bind(trainable, frozen, key=jax.random.key(seed)), x)
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)

@@ -22,9 +22,11 @@ def dropping(term: Term, site: Site, choice: Variant, key: jax.Array) -> Term:
         rate = Factor(jnp.asarray(choice.dropout, jnp.float32), ())
         term = term._replace(key=Factor(keys, site.stack_axes), rate=rate)
     if term.a is not None and may_drop(choice.rank_dropout):
-        shape = (*site.stack_shape, term.a.size(RANK) // (2 if choice.mirrored else 1))
+        every = term.a.size(RANK)
+        shape = (*site.stack_shape, every // 2 if choice.behind else every)
         on = kept(choice.rank_dropout, jax.random.fold_in(key, 1), shape) / (1.0 - choice.rank_dropout)
-        on = jnp.concatenate([on, on], -1) if choice.mirrored else on
+        if choice.behind:
+            on = jnp.concatenate([on, on if choice.behind == "copies" else jnp.ones(shape)], -1)
         term = _scaled(term, Factor(on, (*site.stack_axes, RANK)))
     if term.a is not None and may_drop(choice.unit_dropout):
         a, o = (Factor(kept(choice.unit_dropout, jax.random.fold_in(key, 3 + i), tuple(site.shape[d] for d in dims))

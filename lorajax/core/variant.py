@@ -115,9 +115,9 @@ class Variant(abc.ABC):
     """Whether `factors` needs the weight (DoRA); if not, it is handed None there."""
     any_rank: ClassVar[bool] = False
     """Whether `rank` may exceed the sides of the weight."""
-    mirrored: ClassVar[bool] = False
-    """Whether `factors` returns the rank components and, behind them, as many that take their start off again: what
-    rank_dropout drops of the first it then drops of the second."""
+    behind: ClassVar[str] = ""
+    """What `factors` returns behind the first `rank` components: nothing; ``copies``, as many that take the start off
+    again, which rank_dropout drops with them; ``fixed``, a part of the weight, which it never drops."""
     rewrites_weight: ClassVar[bool] = False
     """Whether `init` returns another weight than it was given; the new one then replaces it in the frozen partition.
     Such a variant defines `restore`."""

@@ -207,7 +207,7 @@ def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, director
             continue
         whole = np.asarray(trainable[path].w if path in fulls else frozen.base[path])
         parts = whole if len(row.names) > 1 else [whole]
-        parts = np.reshape(parts, (len(row.names), *whole.shape[whole.ndim - _ndim(whole, row.names, adapt, path) :]))
+        parts = np.reshape(parts, (len(row.names), *whole.shape[whole.ndim - _ndim(whole, row.names) :]))
         keys = []
         for name, part in zip(row.names, parts, strict=True):
             module, _, kind = name.rpartition(".")
@@ -218,12 +218,11 @@ def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, director
     return {"modules_to_save": saved or None} | ({"bias": mode} if method.bias else {})
 
 
-def _ndim(whole: np.ndarray, names: tuple[str, ...], adapt: Adapt, path: str) -> int:
+def _ndim(whole: np.ndarray, names: tuple[str, ...]) -> int:
     """Dimensions of one part of a parameter that may stack several tensors."""
     if len(names) == 1:
         return whole.ndim
     leading = next(i for i in range(whole.ndim + 1) if math.prod(whole.shape[:i]) == len(names))
-    del adapt, path
     return whole.ndim - leading
 
 

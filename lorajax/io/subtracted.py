@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from lorajax.core.variant import Variant
 from lorajax.io.tensors import AdapterError
+from lorajax.variants import plain
 from lorajax.variants.dora import DoRA
 from lorajax.variants.lora import INITIALIZERS, LoRA, LoRAAdapter
 from lorajax.variants.mica import MiCA
@@ -25,21 +24,18 @@ def joined(variant: Variant, adapter: Any, convert: bool = True) -> tuple[Varian
     """
     inner = variant.inner
     if isinstance(variant, MiCA):
-        plain = LoRA(rank=variant.rank, alpha=variant.alpha, dropout=variant.dropout)
-        return plain, LoRAAdapter(adapter.A, adapter.B), False
+        return plain.lora_of(variant), LoRAAdapter(adapter.A, adapter.B), False
     if not isinstance(inner, LoRA) or not inner.initial.subtracts:
         return variant, adapter, False
     if not convert:
         if redone(variant) is None:
             raise AdapterError(f"PEFT cannot do the start {inner.initial} again: leave convert=True")
         return variant, adapter, False
-    a, b, a0, b0 = (np.asarray(getattr(adapter, name)) for name in ("A", "B", "A0", "B0"))
-    rank = inner.rank + a0.shape[-1]
-    scale = float(inner.scale) * (rank**0.5 if inner.rslora else rank)
-    alpha = round(scale) if abs(scale - round(scale)) < 1e-9 * abs(scale) else scale
-    plain = replace(inner, rank=rank, alpha=alpha, initializer="kaiming", fold=False)
-    both = {"A": np.concatenate([a, a0], -1), "B": np.concatenate([b, -b0], -2)}
-    return replace(variant, of=plain) if isinstance(variant, DoRA) else plain, adapter._replace(**both), True
+    lora, both = plain.joined(inner, adapter.A, adapter.B, adapter.A0, adapter.B0)
+    alpha = float(lora.alpha)  # a whole number stays one in the file
+    lora = replace(lora, alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha)
+    joined = replace(variant, of=lora) if isinstance(variant, DoRA) else lora
+    return joined, adapter._replace(A=both.A, B=both.B), True
 
 
 def redone(variant: Variant) -> str | None:

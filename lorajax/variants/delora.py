@@ -55,9 +55,9 @@ class DeLoRA(Variant):
     }
 
     @property
-    def mirrored(self) -> bool:  # type: ignore[override]
-        """With the ``residual`` start."""
-        return self.initializer == "residual"
+    def behind(self) -> str:  # type: ignore[override]
+        """The copies of the ``residual`` start."""
+        return "copies" if self.initializer == "residual" else ""
 
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[DeLoRAAdapter, jax.Array]:
         """Returns (A, B, lam, norm) and, for ``residual``, copies of A and B; and `w` itself."""

@@ -43,6 +43,7 @@ class KaSA(Variant):
     beta: float | jax.Array = 1e-4
     gamma: float | jax.Array = 1e-3
 
+    behind: ClassVar[str] = "fixed"
     leaves: ClassVar[Mapping[str, Leaf]] = {
         "A": Leaf("a", ("in", "rank"), peft="lora_A.weight"),
         "d": Leaf("e", ("rank",), peft="lora_diag"),

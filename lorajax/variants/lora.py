@@ -107,9 +107,9 @@ class LoRA(Variant):
         return self.initial.statistic(self.rank)
 
     @property
-    def mirrored(self) -> bool:  # type: ignore[override]
-        """Where the start is taken off by copies."""
-        return self.initial.subtracts and not self.fold
+    def behind(self) -> str:  # type: ignore[override]
+        """The copies that take the start off."""
+        return "copies" if self.initial.subtracts and not self.fold else ""
 
     @property
     def rewrites_weight(self) -> bool:  # type: ignore[override]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lorajax.core.adapt import Adapt, Frozen
@@ -26,15 +27,26 @@ def plain_lora(adapted: Adapt, trainable: Mapping[str, Any], frozen: Frozen, par
     chosen, trained, kept = dict(adapted.chosen), dict(trainable), {**frozen.aux, **frozen.shared}
     for path, choice in adapted.plan.items():
         if isinstance(choice, MiCA):
-            lora = LoRA(rank=choice.rank, alpha=choice.alpha, dropout=choice.dropout)
+            lora = lora_of(choice)
             trained[path] = LoRAAdapter(trainable[path].A, kept.pop(path).B)
         elif isinstance(choice, LoRA) and choice.initial.subtracts:
-            alpha = choice.alpha * (math.sqrt(2.0) if choice.rslora else 2.0)
-            lora = replace(choice, rank=2 * choice.rank, alpha=alpha, initializer="kaiming", fold=False)
-            a, b, (_, _, a0, b0) = trainable[path].A, trainable[path].B, kept.pop(path)
-            trained[path] = LoRAAdapter(jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2))
+            (a, b, _, _), (_, _, a0, b0) = trainable[path], kept.pop(path)
+            lora, trained[path] = joined(choice, a, b, a0, b0)
         else:
             continue
         chosen[path] = chosen[path]._replace(choice=lora)
     converted = replace(adapted, chosen=chosen)
     return converted, trained, converted.frozen(params, kept)
+
+
+def joined(lora: LoRA, a: jax.Array, b: jax.Array, a0: jax.Array, b0: jax.Array) -> tuple[LoRA, LoRAAdapter]:
+    """``s (A B - A0 B0)`` as one LoRA: [A | A0] (in, r + r0), [B ; -B0] (r + r0, out), alpha such that s stays."""
+    rank = a.shape[-1] + a0.shape[-1]
+    alpha = lora.scale * (math.sqrt(rank) if lora.rslora else rank)
+    plain = replace(lora, rank=rank, alpha=alpha, initializer="kaiming", fold=False)
+    return plain, LoRAAdapter(jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2))
+
+
+def lora_of(mica: MiCA) -> LoRA:
+    """The LoRA whose B did not train."""
+    return LoRA(rank=mica.rank, alpha=mica.alpha, dropout=mica.dropout)

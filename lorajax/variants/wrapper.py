@@ -27,7 +27,7 @@ class Wrapper(Variant):
     factored = property(lambda self: self.inner.factored)
     rewrites_weight = property(lambda self: self.inner.rewrites_weight)
     any_rank = property(lambda self: self.inner.any_rank)
-    mirrored = property(lambda self: self.inner.mirrored)
+    behind = property(lambda self: self.inner.behind)
     slot = property(lambda self: self.inner.slot)
     redraws = property(lambda self: self.inner.redraws)
     statistic = property(lambda self: self.inner.statistic)
