@@ -157,13 +157,18 @@ def main(argv: list[str]) -> None:
             baselines["head on the frozen encoder"] = probe(model, found, batches)
         seconds = time.monotonic() - began
         report(c, found.task, baselines, best, trained, seconds)
-        summary = {"task": found.task.name, "headline": found.task.headline, "scores": best["scores"]}
-        summary |= {"best_step": best["step"], "steps": total, "baselines": baselines}
-        summary |= {"trainable_parameters": trained, **controller.report(state.control)}
-        summary |= {"views": best["views"]} if best["views"] else {}
-        summary |= {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
-        summary |= {"device": jax.devices()[0].device_kind, "seed": c.seed, "name": launch.name}
-        run.finish(summary)
+        told = {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
+        extra = controller.report(state.control)
+        run.finish(summary(launch, found.task, best, total, baselines, trained, extra) | told)
+
+
+def summary(launch: config.Launch, task: data.Task, best: Any, steps: int, baselines: Any, trained: int,
+            extra: Any) -> dict[str, Any]:
+    # What a finished run says of itself, trained alone or in a pack. extra: the controller's numbers at the best step.
+    row = {"task": task.name, "headline": task.headline, "scores": best["scores"], "best_step": best["step"]}
+    row |= {"steps": steps, "baselines": baselines, "trainable_parameters": trained, **extra}
+    row |= {"views": best["views"]} if best["views"] else {}
+    return row | {"device": jax.devices()[0].device_kind, "seed": launch.config.seed, "name": launch.name}
 
 
 def inputs(batch: data.Batch) -> tuple[Any, Any, Any]:

@@ -5,56 +5,29 @@
 
 A run's folder is the one that `experiments.glue` would make of the same settings, and its numbers are the same. What is
 finished is skipped, so the same command goes on after an interruption (exit code 75). pack: runs that train together
-(0: what the device's memory takes). slice: this host's part of the study, for hosts that share nothing.
+(0: up to 32; half as many when the device's memory is not enough). slice: this host's part of the study, for hosts that
+share nothing.
 """
 
-import contextlib
-import dataclasses
-import hashlib
 import json
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-import lorajax as lj
-from experiments import glue
-from lorajax import build, config, data, report, sweep
-from lorajax.control import Controller
-from lorajax.core.sites import by_path
-from lorajax.data.feed import ahead, calls
-from lorajax.io import adapter
-from lorajax.models import adapter_names
-from lorajax.train.checkpoint import Checkpoints
-from lorajax.train.pack import Pack, Parts, make_packed_eval, make_packed_step, pack, unpack, widen
-from lorajax.train.progress import Progress
-from lorajax.train.run import EXIT_INTERRUPTED, Run, run_folder, stop_on_signal, write_json
-from lorajax.train.step import TrainState, init_state
+from experiments import glue, packed
+from experiments.packed import RANKS, folder_of, record
+from lorajax import build, config, report, sweep
+from lorajax.train.run import EXIT_INTERRUPTED, stop_on_signal
 
 # Numbers that may differ inside one program. Ranks may too where a run at a lower rank is the same run among zeros:
 # with these methods and these optimizers, which look at every element alone.
 NUMBERS = ("seed", "lr", "head_lr", "weight_decay", "variant.alpha", "variant.dropout", "optimizer.ratio")
-RANKS = ("variant.rank", "args.rank")
 RANKED, ELEMENTWISE = ("lora",), ("adamw", "lora_plus", "lora_fa")
-
-
-class Member(NamedTuple):
-    """One run of a pack. adapt: of its own rank, for the adapter that it leaves."""
-
-    launch: config.Launch
-    folder: Path
-    state: TrainState
-    frozen: lj.Frozen
-    adapt: lj.Adapt
-    controller: Controller
-    batches: dict[str, data.Batches]
-    trained: int
 
 
 def main(argv: list[str]) -> None:
@@ -116,10 +89,6 @@ def flags(argv: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def folder_of(launch: config.Launch) -> Path:
-    return run_folder(launch.options["workdir"], launch.config.study, launch.name, launch.config.seed)
-
-
 def done(folder: Path) -> bool:
     return (folder / "summary.json").exists() or (folder / "failed.json").exists()
 
@@ -164,7 +133,7 @@ def describe(launches: list[Any], todo: list[Any], groups: list[sweep.Group]) ->
 
 def train(group: sweep.Group, stop: Any) -> None:
     if len(group.launches) > 1:
-        return train_pack(group, stop)
+        return packed.train(group, stop)
     (one,) = group.launches
     try:
         glue.main([*one.words, f"--workdir={one.options['workdir']}"])
@@ -175,223 +144,10 @@ def train(group: sweep.Group, stop: Any) -> None:
             record(folder_of(one), str(error.code))
 
 
-def train_pack(group: sweep.Group, stop: Any) -> None:
-    # One base and one tokenisation for all.
-    c = shared_config(group)
-    found = build.load_data(c)
-    members, make, model, total = assemble(group, c, found)
-    predict = lj.lift(model.net.apply)
-    step_fn = make_packed_step(make, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call)
-    evaluate = make_packed_eval(lambda bound, batch: predict(bound, *glue.inputs(batch)), make)
-    packed = pack([(m.state, m.frozen, numbers(group, m.launch)) for m in members])
-
-    names = hashlib.sha256(json.dumps(sorted(str(m.folder) for m in members)).encode()).hexdigest()[:16]
-    folder = Path(group.launches[0].options["workdir"]) / c.study / "packs" / names
-    folder.mkdir(parents=True, exist_ok=True)
-    prints = {"base": model.fingerprint, "data": found.fingerprint}
-    with contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(Run(m.folder, config.to_dict(m.launch.config), fingerprints=prints,
-                                        ignore=glue.FREE, tensorboard=False)) for m in members]  # fmt: skip
-        saved = stack.enter_context(Checkpoints(folder))
-        lost: dict[int, str] = {}  # runs that came to nothing, and why: they stand still from there
-        best: list[dict[str, Any]] = [{"step": 0, "scores": {}, "views": {}} for _ in members]
-        kept = jax.tree.map(jnp.copy, (packed.state.trainable, packed.state.control))
-        step = 0
-        if saved.latest() is not None:
-            (state, kept), where = saved.restore((packed.state, kept))
-            packed, best, step = packed._replace(state=state), where["best"], where["step"]
-            lost = {int(i): why for i, why in where["lost"].items()}
-        for run in runs:
-            run.rewind(step)
-
-        n, epoch = c.steps_per_call, len(members[0].batches["train"])
-        eval_every, log_every = (build.every(p, epoch, n) for p in (c.eval_every, c.log_every))
-        makers = [calls(m.batches["train"], accumulate=c.accumulate, steps_per_call=n) for m in members]
-        made = lambda step: jax.device_put(side_by_side([one(step) for one in makers]))  # noqa: E731
-        with Progress(total, done=step) as bar:
-            for start, batch in ahead(made, range(step, total, n)):
-                active = np.array([i not in lost for i in range(len(members))])
-                packed, metrics = step_fn(packed, batch, active)
-                step = start + n
-                bar.update(n, examples=n * c.batch * len(members))
-                if step % log_every == 0:
-                    last = jax.device_get(jax.tree.map(lambda x: x[:, -1] if n > 1 else x, metrics))
-                    lost = {int(i): f"step {step} was not finite" for i in np.flatnonzero(~last["finite"])} | lost
-                    for i, run in enumerate(runs):
-                        if i in lost:
-                            continue
-                        run.log(step, {k: last[k][i] for k in sorted(last) if k not in ("finite", "weight")})
-                if step % eval_every == 0 or step == total:
-                    scores = score(evaluate, packed, None, found, members[0].batches)
-                    lost = {i: f"step {step}: {s}" for i, s in enumerate(scores) if isinstance(s, str)} | lost
-                    views = further(evaluate, packed, found, members)
-                    improved = np.zeros(len(members), bool)
-                    for i, (m, run) in enumerate(zip(members, runs, strict=True)):
-                        if i in lost:
-                            continue
-                        extra = m.controller.report(unpack(packed.state.control, i))
-                        run.log(step, scores[i] | glue.flat(views[i]) | extra, prefix="eval/")
-                        better = scores[i][found.task.headline] > best[i]["scores"].get(found.task.headline, -np.inf)
-                        if better and step >= m.controller.settled:
-                            improved[i] = True
-                            best[i] = {"step": step, "scores": scores[i], "views": views[i]}
-                    kept = choose(jnp.asarray(improved), (packed.state.trainable, packed.state.control), kept)
-                if step % eval_every == 0 or step == total or stop:
-                    where = {"best": best, "step": step, "lost": {str(i): why for i, why in lost.items()}}
-                    saved.save(step, (packed.state, kept), where)
-                if stop:
-                    saved.wait()
-                    return
-
-        seconds = bar.elapsed / len(members)
-        steps = np.asarray(packed.state.step)
-        labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
-        baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
-        for i, (m, run) in enumerate(zip(members, runs, strict=True)):
-            if i in lost or steps[i] < total:
-                record(m.folder, lost.get(i, f"step {steps[i] + 1} of {total} was not finite"))
-                continue
-            trainable, state = unpack(kept, i)
-            trainable = narrow(trainable, m.adapt.plan)
-            adapter.save(m.folder / "adapter", m.adapt, trainable, m.frozen, base=model.fingerprint,
-                         names=adapter_names(model.net.config), task_type="SEQ_CLS")
-            summary = {"task": found.task.name, "headline": found.task.headline, "scores": best[i]["scores"]}
-            summary |= {"best_step": best[i]["step"], "steps": total, "baselines": baselines}
-            summary |= {"trainable_parameters": m.trained, **m.controller.report(state)}
-            summary |= {"views": best[i]["views"]} if best[i]["views"] else {}
-            summary |= {"seconds": round(seconds, 1), "packed_with": len(members) - 1}
-            summary |= {"device": jax.devices()[0].device_kind, "seed": m.launch.config.seed, "name": m.launch.name}
-            run.finish(summary)
-
-
-def shared_config(group: sweep.Group) -> ConfigDict:
-    # What all have in common, at the largest rank.
-    c = ConfigDict(group.launches[0].config.to_dict())
-    if "variant.rank" in group.differ:
-        c.variant.rank = max(one.config.variant.rank for one in group.launches)
-    return c
-
-
-def numbers(group: sweep.Group, launch: config.Launch) -> dict[str, float]:
-    # A run's own numbers. At a lower rank alpha makes up for the rank that the shared program divides by.
-    flat = config.flatten(launch.config)
-    own = {key: flat[key] for key in group.differ if key not in ("seed", *RANKS)}
-    if "lr" in own or "head_lr" in own:
-        own |= {"lr": flat["lr"], "head_lr": flat["head_lr"] or flat["lr"]}
-    if "variant.rank" in group.differ:
-        mine: Any = build.variant(launch.config)
-        shared: Any = build.variant(shared_config(group))
-        own["variant.alpha"] = mine.scale / dataclasses.replace(shared, alpha=1.0).scale
-    return own
-
-
-def assemble(group: sweep.Group, c: ConfigDict, found: build.Data) -> Any:
-    model, tokens = None, None
-    members: list[Member] = []
-    for launch in group.launches:
-        own = launch.config
-        head_key, adapter_key, train_key = jax.random.split(jax.random.key(own.seed), 3)
-        loaded = build.load_model(own, found.task, head_key)
-        model = model or loaded
-        tokens = tokens or build.tokens(c, found, model.folder)
-        batches = build.batches(own, tokens)
-        total = build.total_steps(c, len(batches["train"]))
-        if not members:
-            sites = lj.sites(model.net.apply, model.variables, *glue.inputs(batches["train"].batch(0, 0)))
-            flat, _ = by_path(model.variables)
-        adapt = lj.adapt(sites, build.rules(own, model))
-        trainable, frozen = jax.jit(adapt.init)(adapter_key, loaded.variables)
-        frozen = frozen._replace(base={path: flat[path] for path in frozen.base})
-        trained = sum(x.size for x in jax.tree.leaves(trainable))
-        tx, controller = build.optimizer(own, adapt, model, total), build.controller(own, adapt, total)
-        if "variant.rank" in group.differ:
-            trainable |= {p: widen(trainable[p], choice.leaves, c.variant.rank) for p, choice in adapt.plan.items()}
-        start = jax.jit(lambda k, t, tx=tx, controller=controller: init_state(k, t, tx, controller))
-        state = start(train_key, trainable)
-        members.append(Member(launch, folder_of(launch), state, frozen, adapt, controller, batches, trained))
-    assert model is not None
-    whole, loss = model, glue.make_loss(model.net, found.task, c)
-
-    def make(values: Any) -> Parts:
-        # Also inside the trace: the numbers stand in the config like any others.
-        mine = ConfigDict(c.to_dict())
-        for key, value in values.items():
-            *parents, last = key.split(".")
-            node: Any = mine
-            for parent in parents:
-                node = node[parent]
-            with node.ignore_type():
-                node[last] = value
-        adapt = lj.adapt(sites, build.rules(mine, whole))
-        return Parts(loss, adapt, build.optimizer(mine, adapt, whole, total), build.controller(mine, adapt, total))
-
-    return members, make, model, total
-
-
-def side_by_side(batches: list[Any]) -> Any:
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-
-
-@jax.jit
-def choose(improved: jax.Array, new: Any, old: Any) -> Any:
-    pick = lambda n, o: jnp.where(improved.reshape(-1, *[1] * (n.ndim - 1)), n, o)  # noqa: E731
-    return jax.tree.map(pick, new, old)
-
-
-def score(evaluate: Any, packed: Pack, masks: Any, found: build.Data, batches: Any) -> list[Any]:
-    # Of each run; in place of the scores of a run whose outputs are not finite, a text that says so.
-    scores: list[Any] = [{} for _ in range(len(packed.state.step))]
-    for split in (name for name in found.splits if name != "train"):
-        passed = list(batches[split].epoch())
-        outputs = np.concatenate(jax.device_get([evaluate(packed, batch, masks) for batch in passed]), 1)
-        label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
-        prefix = "" if split == found.task.evaluation[0] else f"{split}_"
-        for i, mine in enumerate(scores):
-            try:
-                row = data.evaluate(found.task, outputs[i], label, weight)
-                scores[i] = mine | {prefix + k: v for k, v in row.items()} if isinstance(mine, dict) else mine
-            except FloatingPointError as error:
-                scores[i] = str(error)
-    return scores
-
-
-def further(evaluate: Any, packed: Pack, found: build.Data, members: list[Member]) -> list[dict[str, Any]]:
-    each = [m.controller.views(unpack(packed.state.control, i)) for i, m in enumerate(members)]
-    rows: list[dict[str, Any]] = [{} for _ in members]
-    for name in each[0]:
-        masks = jax.tree.map(lambda *xs: jnp.stack(xs), *[views[name] for views in each])
-        for row, mine in zip(rows, score(evaluate, packed, masks, found, members[0].batches), strict=True):
-            row[name] = mine
-    return rows
-
-
-def narrow(trainable: Any, plan: dict[str, Any]) -> Any:
-    # Arrays of the run's own rank: what `widen` added is zeros.
-    def cut(path: str, arrays: Any) -> Any:
-        leaves, rank = plan[path].leaves, getattr(plan[path], "rank", None)
-        if rank is None:
-            return arrays
-
-        def one(name: str, x: Any) -> Any:
-            axes = leaves[name].axes
-            if x is None or "rank" not in axes:
-                return x
-            return jax.lax.slice_in_dim(x, 0, rank, axis=x.ndim - len(axes) + axes.index("rank"))
-
-        return arrays._replace(**{name: one(name, x) for name, x in arrays._asdict().items()})
-
-    return {path: cut(path, arrays) if path in plan else arrays for path, arrays in trainable.items()}
-
-
 def failed(one: config.Launch, error: Exception) -> None:
     print(f"{one.name}: {type(error).__name__}: {error}", flush=True)
     if not isinstance(error, glue.EXPLAINED):  # those are the command's or the machine's: the next attempt may succeed
         record(folder_of(one), "".join(traceback.format_exception(error))[-4000:])
-
-
-def record(folder: Path, reason: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "failed.json", {"reason": reason})
 
 
 def table(launches: list[config.Launch]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import glue_folder, model_folder
 
-from experiments import glue, sweep
+from experiments import glue, packed, sweep
 from lorajax import config
 from lorajax.train.run import EXIT_INTERRUPTED
 
@@ -92,7 +92,7 @@ def test_an_interrupted_pack_goes_on_as_if_it_had_not_been(files: Any, runs: Pat
     study = files / "short.py"
     study.write_text((files / "study.py").read_text().replace(', each("config", ["full"])', ""))
     counted = []
-    real = sweep.score
+    real = packed.score
 
     def stopping(*args: Any) -> Any:
         counted.append(1)
@@ -102,7 +102,7 @@ def test_an_interrupted_pack_goes_on_as_if_it_had_not_been(files: Any, runs: Pat
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(sweep, "score", stopping)
+    monkeypatch.setattr(packed, "score", stopping)
     with pytest.raises(SystemExit) as left:
         sweep.main([f"--config={study}", f"--workdir={cut}"])
     assert left.value.code == EXIT_INTERRUPTED
