@@ -134,6 +134,18 @@ class Batches:
         """One pass, e.g. for evaluation."""
         return (self.batch(epoch, index) for index in range(self.steps))
 
+    def stack(self, group: Sequence[Batch]) -> Batch:
+        """One batch with a new leading axis; (B, L) arrays are padded to the longest L."""
+        longest = max(batch["input_ids"].shape[1] for batch in group)
+
+        def padded(name: str, x: np.ndarray) -> np.ndarray:
+            if x.ndim < 2 or x.shape[1] == longest:
+                return x
+            value = self.tokens.pad_id if name == "input_ids" else 0
+            return np.pad(x, ((0, 0), (0, longest - x.shape[1])), constant_values=value)
+
+        return {name: np.stack([padded(name, batch[name]) for batch in group]) for name in group[0]}
+
     def stream(self, epoch: int = 0, batch: int = 0) -> "Stream":
         """Batches without end from a position; seeking does no work on data."""
         return Stream(self, Position(epoch, batch))

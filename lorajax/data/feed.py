@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from lorajax.data.batches import Batch, Batches
+from lorajax.data.batches import Batch, Position
 
 T = TypeVar("T")
 
 
-def calls(batches: Batches, *, accumulate: int = 1, steps_per_call: int = 1) -> Callable[[int], Batch]:
+class Source(Protocol):
+    """Batches by position: of tokens (`lorajax.data.batches`) or of images (`lorajax.data.images`)."""
+
+    def rows(self, epoch: int, index: int) -> np.ndarray: ...
+    def batch(self, epoch: int, index: int) -> Batch: ...
+    def position(self, step: int) -> Position: ...
+    def stack(self, group: Sequence[Batch]) -> Batch: ...
+
+
+def calls(batches: Source, *, accumulate: int = 1, steps_per_call: int = 1) -> Callable[[int], Batch]:
     """``step -> batch`` for the call that takes optimizer steps step .. step + steps_per_call - 1: a pure function.
 
     Leaves are (steps_per_call, accumulate, B / accumulate, ...); an axis of 1 is left out. Batches that share a call
@@ -26,7 +35,7 @@ def calls(batches: Batches, *, accumulate: int = 1, steps_per_call: int = 1) -> 
 
     def call(step: int) -> Batch:
         group = [batches.batch(*batches.position(s)) for s in range(step, step + steps_per_call)]
-        stacked = stack(group, batches.tokens.pad_id) if steps_per_call > 1 else group[0]
+        stacked = batches.stack(group) if steps_per_call > 1 else group[0]
         lead = (steps_per_call,) if steps_per_call > 1 else ()
         if accumulate == 1:
             return stacked
@@ -34,19 +43,6 @@ def calls(batches: Batches, *, accumulate: int = 1, steps_per_call: int = 1) -> 
         return {name: x.reshape(*shape, *x.shape[len(lead) + 1 :]) for name, x in stacked.items()}
 
     return call
-
-
-def stack(group: Sequence[Batch], pad_id: int) -> Batch:
-    """One batch with a new leading axis; (B, L) arrays are padded to the longest L."""
-    longest = max(batch["input_ids"].shape[1] for batch in group)
-
-    def padded(name: str, x: np.ndarray) -> np.ndarray:
-        if x.ndim < 2 or x.shape[1] == longest:
-            return x
-        value = pad_id if name == "input_ids" else 0
-        return np.pad(x, ((0, 0), (0, longest - x.shape[1])), constant_values=value)
-
-    return {name: np.stack([padded(name, batch[name]) for batch in group]) for name in group[0]}
 
 
 def ahead(make: Callable[[int], T], steps: Iterable[int], depth: int = 2) -> Iterator[tuple[int, T]]:
