@@ -25,10 +25,10 @@ from lorajax import control, data, optim
 from lorajax.config import ConfigError, choose, nearest
 from lorajax.core.adapt import Adapt
 from lorajax.core.adapt import adapt as make_adapt
+from lorajax.core.fingerprint import fingerprint
 from lorajax.core.rules import PRESETS, Rule
 from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
-from lorajax.io.fingerprint import fingerprint
 from lorajax.models import Bert, BertConfig, params_from_hf
 from lorajax.variants import INITIALIZERS, NAMES, o_lora
 from lorajax.variants.initializer import Initializer

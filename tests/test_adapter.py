@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import lorajax as lj
+from lorajax.core.fingerprint import fingerprint
 from lorajax.io import adapter
-from lorajax.io.fingerprint import fingerprint
 from lorajax.io.tensors import AdapterError
 from lorajax.variants import DoRA, LoHa, LoRA
 

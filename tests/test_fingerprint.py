@@ -1,4 +1,4 @@
-"""`lorajax.io.fingerprint`: a known answer, what it must notice, and what it must not care about."""
+"""`lorajax.core.fingerprint`: a known answer, what it must notice, and what it must not care about."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorajax.io.fingerprint import SAMPLES, fingerprint
+from lorajax.core.fingerprint import SAMPLES, fingerprint
 
 TREE = {
     "params": {

@@ -11,7 +11,8 @@ import pytest
 import torch_models
 
 import lorajax as lj
-from lorajax.io import peft, plain
+from lorajax.compose import plain
+from lorajax.io import peft
 from lorajax.io.hf import open_checkpoint
 from lorajax.models import adapter_names, model_from_hf, params_from_hf
 from lorajax.variants import IA3, AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiCA, MiSS, VeRA

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import lorajax as lj
-from lorajax.io import plain
-from lorajax.io.tensors import AdapterError
+from lorajax.compose import plain
 from lorajax.variants import DoRA, LoHa, LoRA
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (3, 12, 8)), "b": jnp.zeros(8)}
@@ -58,5 +57,5 @@ def test_truncated_it_says_what_is_lost() -> None:
 
 def test_bad_ranks_and_methods() -> None:
     adapt, trainable, frozen = trained(LoHa(2))
-    with pytest.raises(AdapterError, match="rank=0 is below 1"):
+    with pytest.raises(ValueError, match="rank=0 is below 1"):
         plain.as_lora(adapt, trainable, frozen, rank=0)

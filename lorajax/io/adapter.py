@@ -9,7 +9,7 @@ lies, and the sha256 of each file. An array lies in PEFT's `adapter_model.safete
 (arrays that PEFT does not have, methods that it does not have) in `lorajax_adapter.safetensors`, in our layout.
 
 The fingerprint reads a thousand elements of each leaf, spread over it, so that a 70B base costs what a small one does
-(`lorajax.io.fingerprint`); the files of the adapter itself are hashed whole.
+(`lorajax.core.fingerprint`); the files of the adapter itself are hashed whole.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import jax
 import numpy as np
 
 from lorajax.core.adapt import Adapt, Frozen
+from lorajax.core.fingerprint import fingerprint
 from lorajax.core.rules import Rule
 from lorajax.core.sites import by_path
 from lorajax.core.variant import Full, Variant
-from lorajax.io.fingerprint import fingerprint
 from lorajax.io.folders import replaced
 from lorajax.io.peft_layout import Form
 from lorajax.io.peft_names import Names, to_ours

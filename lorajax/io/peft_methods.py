@@ -144,7 +144,7 @@ def _vera_settings(v: VeRA) -> dict[str, Any]:
             "vera_dropout": v.dropout}
 
 
-PLAIN = "write it as a plain LoRA (lorajax.io.plain), or keep lorajax's own format"
+PLAIN = "write it as a plain LoRA (lorajax.compose.as_lora), or keep lorajax's own format"
 BOTH = ("rank_pattern", "alpha_pattern")
 NO_CP = {"use_effective_conv2d": (False,)}
 _NO_SPECIAL_LORA: dict[str, tuple[Any, ...]] = dict.fromkeys(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lorajax.core.adapt import Adapt, Frozen
+from lorajax.core.variant import Variant
+from lorajax.variants.dora import DoRA
 from lorajax.variants.lora import LoRA, LoRAAdapter
 from lorajax.variants.mica import MiCA
 
@@ -50,3 +52,17 @@ def joined(lora: LoRA, a: jax.Array, b: jax.Array, a0: jax.Array, b0: jax.Array)
 def lora_of(mica: MiCA) -> LoRA:
     """The LoRA whose B did not train."""
     return LoRA(rank=mica.rank, alpha=mica.alpha, dropout=mica.dropout)
+
+
+def restated(variant: Variant, adapter: Any) -> tuple[Variant, Any, bool]:
+    """(variant, adapter, whether its arrays differ): ``A B - A0 B0 = [A | A0] [B ; -B0]``, at the same scale, also
+    inside DoRA; MiCA is a LoRA whose B did not train. Any other adapter is returned as it is."""
+    inner = variant.inner
+    if isinstance(variant, MiCA):
+        return lora_of(variant), LoRAAdapter(adapter.A, adapter.B), False
+    if not isinstance(inner, LoRA) or not inner.initial.subtracts:
+        return variant, adapter, False
+    lora, both = joined(inner, adapter.A, adapter.B, adapter.A0, adapter.B0)
+    alpha = float(lora.alpha)  # a whole number stays one in the file
+    lora = replace(lora, alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha)
+    return replace(variant, of=lora) if isinstance(variant, DoRA) else lora, adapter._replace(A=both.A, B=both.B), True

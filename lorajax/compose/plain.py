@@ -18,9 +18,8 @@ from lorajax.core.adapt import Adapt, Frozen
 from lorajax.core.layout import leaf, matrix, over_stack
 from lorajax.core.sites import Site
 from lorajax.core.variant import Full, Variant
-from lorajax.io.subtracted import joined
-from lorajax.io.tensors import AdapterError
 from lorajax.variants.lora import LoRA, LoRAAdapter
+from lorajax.variants.plain import restated
 
 EXACT = 1e-6
 """Singular values below this part of the largest are float32 rounding, and are left out."""
@@ -43,10 +42,10 @@ def as_lora(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, *, rank:
     (LoHa, DoRA, HiRA, ...) is formed and decomposed in float32, keeping what is more than rounding. rank: the largest
     rank to keep; a larger update is truncated by SVD, the best approximation of its rank.
     A weight that a start was folded into is put together again, to float32 rounding.
-    Raises AdapterError for a rank below 1, and for a variant that weighs tokens apart.
+    Raises ValueError for a rank below 1, and for a variant that weighs tokens apart.
     """
     if rank is not None and rank < 1:
-        raise AdapterError(f"rank={rank} is below 1: give at least rank=1, or None to lose nothing")
+        raise ValueError(f"rank={rank} is below 1: give at least rank=1, or None to lose nothing")
     chosen, trained, base, errors = dict(adapt.chosen), dict(trainable), dict(frozen.base), {}
     for path, choice in adapt.plan.items():
         if isinstance(choice, Full):
@@ -76,11 +75,11 @@ def _factors(site: Site, choice: Variant, adapter: Any, shared: dict[str, jax.Ar
              rank: int | None) -> tuple[np.ndarray, np.ndarray, float]:
     """(stack..., in, r), (stack..., r, out) and the relative error. weights: what the adapter acts on, and the base."""
     if choice.routed:
-        raise AdapterError(f"{site.path}: {type(choice).__name__} weighs its update per token, so it is no LoRA")
+        raise ValueError(f"{site.path}: {type(choice).__name__} weighs its update per token, so it is no LoRA")
     shared = choice.read_shared(shared, site.n_in, site.n_out) if shared else {}
     w, base = (matrix(site, x).astype(jnp.float32) for x in weights)
     with jax.default_matmul_precision("highest"):
-        variant, arrays, _ = joined(choice, adapter)
+        variant, arrays, _ = restated(choice, adapter)
         if variant.factored:
             found = over_stack(site, lambda x, w: _pair(variant, x._replace(**shared), w))(arrays, w)
             if found is not None and found[0].shape[-1] <= min(site.n_in, site.n_out, rank or site.n_in):
