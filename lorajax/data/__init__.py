@@ -1,4 +1,4 @@
-"""Text classification data: tasks, loading, tokenising, batches and metrics. Knows nothing of models or adapters.
+"""Text and image classification data: tasks, loading, tokens, batches, metrics. Knows nothing of models or adapters.
 
 ::
 
@@ -11,6 +11,7 @@
 
 from lorajax.data.batches import Batch, Batches, Position, Stream, bucket_lengths
 from lorajax.data.glue import load_glue
+from lorajax.data.images import IMAGES, ImageBatches, Images, load_images
 from lorajax.data.metrics import METRICS, evaluate, majority
 from lorajax.data.reviews import load_reviews
 from lorajax.data.tasks import GLUE, TASKS, Examples, Task, task
@@ -18,11 +19,14 @@ from lorajax.data.tokens import Tokens, load_tokenizer, tokenize
 
 __all__ = [
     "GLUE",
+    "IMAGES",
     "METRICS",
     "TASKS",
     "Batch",
     "Batches",
     "Examples",
+    "ImageBatches",
+    "Images",
     "Position",
     "Stream",
     "Task",
@@ -30,6 +34,7 @@ __all__ = [
     "bucket_lengths",
     "evaluate",
     "load_glue",
+    "load_images",
     "load_reviews",
     "load_tokenizer",
     "majority",

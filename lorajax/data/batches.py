@@ -155,13 +155,13 @@ class Batches:
         if self._planned is None or self._planned[0] != epoch:
             count = len(self._buckets)
             empty = self.steps * self.batch_size - count
-            rows = _permutation(count, self.seed, epoch, 0) if self.shuffle else np.arange(count)
+            rows = permutation(count, self.seed, epoch, 0) if self.shuffle else np.arange(count)
             rows = rows[np.argsort(self._buckets[rows], kind="stable")]
             grid = np.concatenate([np.full(empty, -1), rows]).reshape(self.steps, self.batch_size)
             padded = np.asarray(self.lengths)[self._buckets[grid[:, -1]]]
             grid[0] = np.roll(grid[0], -empty)
             whole = self.steps - (empty > 0)
-            order = _permutation(whole, epoch, 1) if self.shuffle else np.arange(whole)
+            order = permutation(whole, epoch, 1) if self.shuffle else np.arange(whole)
             if empty:
                 order = np.append(order + 1, 0)
             self._planned = (epoch, grid[order], padded[order])
@@ -223,7 +223,7 @@ def bucket_lengths(lengths: np.ndarray, shapes: int, batch_size: int) -> tuple[i
     return tuple(reversed(chosen))
 
 
-def _permutation(count: int, *salt: int) -> np.ndarray:
+def permutation(count: int, *salt: int) -> np.ndarray:
     """(count,) int64 permutation from count and salt alone, by splitmix64: no library's random stream to change."""
     state = np.zeros(1, np.uint64)
     for value in salt:

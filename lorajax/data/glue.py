@@ -73,7 +73,7 @@ def _from_folder(spec: Task, root: Path, wanted: dict[str, bool]) -> dict[str, E
         )
     loaded = {}
     for split, required in wanted.items():
-        if paths := _files(folder, split):
+        if paths := split_files(folder, split):
             # The Parquet metadata holds the hub's features; a Dataset around the table writes no cache.
             table = pyarrow.parquet.ParquetDataset([str(path) for path in paths]).read()
             loaded[split] = _examples(spec, datasets.Dataset(table), f"{folder}, split {split!r}")
@@ -84,7 +84,7 @@ def _from_folder(spec: Task, root: Path, wanted: dict[str, bool]) -> dict[str, E
     return loaded
 
 
-def _files(folder: Path, split: str) -> list[Path]:
+def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a split, or its shards in order; empty when there are none."""
     single = folder / f"{split}.parquet"
     if single.is_file():
