@@ -7,12 +7,8 @@ The run's folder is <workdir>/<study>/<config and overrides>/seed=<n>; the same 
 a signal came, the run is saved, the same command goes on. Exit code 1: the loss is not finite, or the command is wrong.
 """
 
-import itertools
-import os
-import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,17 +18,16 @@ import optax
 
 import lorajax as lj
 from experiments.neftune import noisy
-from lorajax import build, config, control, data
+from lorajax import build, config, control, data, start
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
-from lorajax.io.assets import cache_folder
 from lorajax.models import Bert, adapter_names
-from lorajax.train.blame import blame
+from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
+from lorajax.train.compiled import compile_cache
 from lorajax.train.progress import Progress
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal
 from lorajax.train.step import init_state, make_eval, make_step
-from lorajax.variants.eva import redistribute
 
 # Keys that change no number: a run may be resumed with other values.
 FREE = ("log_every", "probe")
@@ -60,17 +55,20 @@ def main(argv: list[str]) -> None:
     adapt = lj.adapt(sites, build.rules(c, model))
     folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
     resumed = launch.options["resume"] and (folder / "start").exists()
+    loss = make_loss(model.net, found.task, c)
     if c.ranks.budget and not resumed:
-        adapt = by_importance(c, adapt, model, found.task, batches, adapter_key)
+        adapt = start.by_importance(c, adapt, model, loss, batches["train"], adapter_key)
     adapt = build.after(c, adapt, model)
-    begin = resume_start if resumed else make_start
-    adapt, trainable, frozen = begin(c, adapt, found.task, model, batches, adapter_key, folder / "start")
+    if resumed:
+        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start")
+    else:
+        plain = make_loss(model.net, found.task, c, training=False)
+        adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens)
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
     tx = build.optimizer(c, adapt, model, total)
     controller = build.controller(c, adapt, total)
-    loss = make_loss(model.net, found.task, c)
     step_fn = make_step(
         loss, adapt, tx, controller, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call
     )
@@ -90,7 +88,7 @@ def main(argv: list[str]) -> None:
         if run.finished:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
-        if not resumed and (adapt.kept(frozen) or reads_data(c, adapt)):
+        if not resumed and (adapt.kept(frozen) or start.reads_data(c, adapt)):
             adapter.save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
         state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
@@ -110,12 +108,13 @@ def main(argv: list[str]) -> None:
         log_every = build.every(c.log_every, epoch, n)
         made = calls(batches["train"], accumulate=c.accumulate, steps_per_call=n)
         with Progress(total, done=step) as bar:
-            for start, batch in ahead(lambda step: jax.device_put(made(step)), range(step, total, n)):
+            for begun, batch in ahead(lambda step: jax.device_put(made(step)), range(step, total, n)):
                 state, metrics = step_fn(state, frozen, batch)
-                step = start + n
+                step = begun + n
                 if not np.all(metrics["finite"]):
-                    saved.save(start + int(np.sum(metrics["finite"])), state, best)
-                    raise SystemExit(diagnose(c, loss, adapt, state, frozen, batch, metrics, controller))
+                    saved.save(begun + int(np.sum(metrics["finite"])), state, best)
+                    raise SystemExit(diagnosis(loss, adapt, state, frozen, batch, metrics, controller,
+                                               accumulate=c.accumulate, steps_per_call=n))
                 last = jax.tree.map(lambda x: x[-1] if n > 1 else x, metrics)
                 if restart and step % restart.every == 0 and step < total:
                     state = anew(state)
@@ -144,11 +143,7 @@ def main(argv: list[str]) -> None:
 
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
-        left, arrays, rest = adapt, state.trainable, frozen
-        if restart:
-            plan, arrays = restart.whole(state.trainable, base, state.control)
-            left = lj.adapt(sites, [(re.escape(path), choice) for path, choice in plan.items()])
-            rest = left.frozen(model.variables, {})
+        left, arrays, rest = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
         adapter.save(folder / "adapter", left, arrays, rest, base=model.fingerprint,
                      names=adapter_names(model.net.config), task_type="SEQ_CLS")
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
@@ -173,51 +168,6 @@ def summary(launch: config.Launch, task: data.Task, best: Any, steps: int, basel
 
 def inputs(batch: data.Batch) -> tuple[Any, Any, Any]:
     return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
-
-
-def by_importance(c: Any, adapt: Any, model: build.Model, task: data.Task, batches: Any, key: jax.Array) -> Any:
-    # A rank per site, in proportion to its score at the start, from the gradients of the first batches.
-    loss = make_loss(model.net, task, c)
-    trainable, frozen = jax.jit(adapt.init)(key, model.variables)
-
-    def gradient(trainable: Any, batch: Any, frozen: Any) -> Any:
-        return jax.grad(lambda tr: loss(adapt.bind(tr, frozen), batch, key)[0])(trainable)
-
-    first = [batches["train"].batch(0, i) for i in range(min(c.ranks.batches, len(batches["train"])))]
-    scores = control.importance(adapt, gradient, trainable, first, c.ranks.metric, rest=(frozen,))
-    matrices = sum(adapt.sites[path].extent(adapt.sites[path].stack_axes) for path in scores)
-    ranks = control.allocate(adapt, scores, ranks=round(c.ranks.budget * matrices), minimum=c.ranks.minimum)
-    return lj.adapt(adapt.sites, control.with_ranks(adapt, ranks, keep=c.ranks.keep), adapt.dtype)
-
-
-def make_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: jax.Array, _: Path) -> Any:
-    # The adapters at step 0. A start that reads data gets the first batches of the training data, without dropout.
-    stats: dict[str, Any] = {}
-    if stats_of(adapt):
-        loss = make_loss(model.net, task, c, training=False)
-        few = list(itertools.islice(batches["train"].epoch(), c.calibrate.batches))
-        stats = lj.calibrate(adapt, lambda params, batch: loss(params, batch, key)[0], model.variables, few,
-                             mask=tokens, at_once=c.calibrate.at_once or None)
-        if c.calibrate.redistribute:
-            adapt, stats = redistribute(adapt, stats)
-    return adapt, *jax.jit(adapt.init)(key, model.variables, stats)
-
-
-def resume_start(c: Any, adapt: Any, task: Any, model: Any, batches: Any, key: jax.Array, start: Path) -> Any:
-    # The same, read: a resumed run neither reads the data again nor repeats a decomposition, which another machine may
-    # round differently. (Ranks that importance or redistribution moved are in the saved plan.)
-    adapt = build.as_saved(adapt, start) if reads_data(c, adapt) else adapt
-    trainable, frozen = adapter.load(start, adapt, model.variables, base=model.fingerprint)
-    return adapt, trainable, frozen
-
-
-def stats_of(adapt: Any) -> dict[str, Any]:
-    # What reads data: path -> statistic.
-    return {path: v.statistic for path, v in adapt.plan.items() if getattr(v, "statistic", None)}
-
-
-def reads_data(c: Any, adapt: Any) -> bool:
-    return bool(c.ranks.budget or stats_of(adapt))
 
 
 def tokens(batch: data.Batch) -> jax.Array:
@@ -294,28 +244,12 @@ def probe(model: build.Model, found: build.Data, batches: Any) -> dict[str, floa
     return data.evaluate(found.task, outputs.astype(np.float32), y_eval)
 
 
-def diagnose(c: Any, loss: Any, adapt: Any, state: Any, frozen: Any, batch: Any, metrics: Any, controller: Any) -> str:
-    # A step that is not finite changed nothing, so `state` is the last good one: the same gradients again, looked at.
-    if c.steps_per_call > 1:
-        batch = jax.tree.map(lambda x: x[int(np.argmin(metrics["finite"]))], batch)
-    why = blame(loss, adapt, state, frozen, batch, controller, accumulate=c.accumulate)
-    return (f"error: step {int(state.step) + 1} is not finite: {why}. The state before it is kept as a checkpoint. "
-            f"A smaller --config.lr, a longer --config.warmup or --config.compute_dtype=float32 may help")
-
-
 def report(c: Any, task: data.Task, baselines: Any, best: Any, trained: int, seconds: float) -> None:
     print(f"\n{task.name}, {c.args.model}, {c.variant.name}, seed {c.seed}: {trained:,} trained parameters, "
           f"{seconds:.0f} s on {jax.devices()[0].device_kind}")
     rows = baselines | {f"this run (best, step {best['step']})": best["scores"]}
     for name, row in (rows | {f"  its {name}": row for name, row in best["views"].items()}).items():
         print(f"  {name:<28}" + "  ".join(f"{metric} {value:.4f}" for metric, value in row.items()))
-
-
-def compile_cache() -> None:
-    # Programs compiled once stay compiled for the next run: seeds, resumed runs.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache_folder()) / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from experiments import glue, packed
 from experiments.packed import RANKS, folder_of, record
 from lorajax import build, config, report, sweep
+from lorajax.train.compiled import compile_cache
 from lorajax.train.run import EXIT_INTERRUPTED, stop_on_signal
 
 # Numbers that may differ inside one program. Ranks may too where a run at a lower rank is the same run among zeros:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     asked = flags(argv, options)
     trials = sweep.part(sweep.load_study(asked["config"]), asked["slice"])
     launches = [sweep.launch(trial, workdir=asked["workdir"], resume=True) for trial in trials]
-    glue.compile_cache()
+    compile_cache()
     todo = [one for one in launches if not done(folder_of(one))]
     groups = plan(todo, asked["pack"])
     describe(launches, todo, groups)

@@ -177,13 +177,6 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
     return [*head, *also(config), (".*" if targets == "all" else targets, variant(config))]
 
 
-def as_saved(adapt: Adapt, folder: Path) -> Adapt:
-    """`adapt` with the variants and the paths of a saved adapter of it, where they say how ranks were distributed."""
-    plan = adapter.plan(folder)
-    chosen = {path: c._replace(choice=plan[path]) for path, c in adapt.chosen.items() if path in plan}
-    return dataclasses.replace(adapt, chosen=chosen)
-
-
 def after(config: ConfigDict, adapt: Adapt, model: Model) -> Adapt:
     """`adapt` with the adapters of `config.earlier.folders` under it (O-LoRA), `adapt` itself if there are none."""
     c, found = config.earlier, []

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LOW = {"core"}
 MIDDLE = LOW | {"variants", "quant"}
 UPPER = MIDDLE | {"control", "optim", "compose", "io"}
-LIBRARY = UPPER | {"models", "data", "train", "calibrate", "build", "config", "sweep", "report"}
+LIBRARY = UPPER | {"models", "data", "train", "calibrate", "build", "start", "config", "sweep", "report"}
 MAY_IMPORT: dict[str, set[str]] = {  # of our own places
     "core": set(),
     "variants": LOW,
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # of our own places
     "train": UPPER,
     "calibrate": UPPER,
     "build": UPPER | {"models", "data", "train", "calibrate", "config"},
+    "start": UPPER | {"train", "calibrate"},
     "config": set(),
     "sweep": {"config"},
     "report": set(),

@@ -19,6 +19,7 @@ from tiny import glue_folder, model_folder
 import lorajax as lj
 from experiments import glue
 from lorajax import build, config
+from lorajax import start as start_module
 from lorajax.data.feed import ahead
 from lorajax.io import adapter
 from lorajax.models import adapter_names
@@ -172,8 +173,8 @@ def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypa
     def refuse(*_, **__):
         raise AssertionError("done again")
 
-    monkeypatch.setattr(glue.lj, "calibrate", refuse)
-    monkeypatch.setattr(glue.control, "importance", refuse)
+    monkeypatch.setattr(start_module, "calibrate", refuse)
+    monkeypatch.setattr(start_module.control, "importance", refuse)
     monkeypatch.setattr(jax.numpy.linalg, "svd", refuse)
     glue.main(words(files, tmp_path / "cut", *args))
     same(tmp_path / "whole", tmp_path / "cut")
@@ -184,7 +185,7 @@ def test_a_resumed_run_takes_its_start_from_its_folder(files, tmp_path, monkeypa
         assert sum(ranks.values()) == 2 * 12
         assert len(set(ranks.values())) > 1
         assert {site["alpha"] / site["rank"] for site in loras.values()} == {8.0}
-        assert set(build.adapter.plan(cut / "adapter")) == set(record)
+        assert set(adapter.plan(cut / "adapter")) == set(record)
     elif name == "ranks":
         assert sum(ranks.values()) == 2 * 4
         assert len(set(ranks.values())) > 1

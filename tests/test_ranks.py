@@ -10,7 +10,7 @@ from test_glue import files, own_cache, words  # noqa: F401
 
 import lorajax as lj
 from experiments import glue
-from lorajax import build, config, control
+from lorajax import build, config, control, start
 from lorajax.control.importance import METRICS
 from lorajax.core.sites import by_path
 from lorajax.variants import AdaLoRA, DoRA, LoRA
@@ -239,13 +239,13 @@ def test_the_experiment_shares_out_its_budget_by_gradient_norm(files, tmp_path) 
     batches = build.batches(c, build.tokens(c, found, net.folder))
     one = batches["train"].batch(0, 0)
     adapt = lj.adapt(lj.sites(net.net.apply, net.variables, *glue.inputs(one)), build.rules(c, net))
-    ranked = glue.by_importance(c, adapt, net, found.task, batches, jax.random.key(1))
+    loss = glue.make_loss(net.net, found.task, c)
+    ranked = start.by_importance(c, adapt, net, loss, batches["train"], jax.random.key(1))
     ranks = {path: v.rank for path, v in ranked.plan.items() if isinstance(v, LoRA)}
     assert sum(ranks.values()) == 2 * 4
     assert {v.scale for v in ranked.plan.values() if isinstance(v, LoRA)} == {8.0}
     assert [path for path in ranked.plan if path not in ranks] == ["params/classifier/bias", "params/classifier/kernel"]
     trainable, _ = adapt.init(jax.random.key(1), net.variables)
-    loss = glue.make_loss(net.net, found.task, c)
     total = dict.fromkeys(ranks, 0.0)
     dense = jax.jit(jax.grad(lambda params, batch: loss(params, batch, jax.random.key(0))[0]))
     for i in range(2):

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from lorajax.control.adalora import AdaLoRAState, adalora, budget_schedule
 from lorajax.control.compact import compact, truncate
-from lorajax.control.controller import Controller, Restart, identity
+from lorajax.control.controller import Controller, Restart, exported, identity
 from lorajax.control.dylora import dylora, rank_masks
 from lorajax.control.importance import (
     effective_rank,
@@ -39,7 +39,7 @@ told the run's."""
 
 __all__ = [
     "NAMES", "AdaLoRAState", "Controller", "IncreLoRAState", "ReLoRAState", "ReduceState", "Restart", "adalora",
-    "allocate", "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "identity", "importance",
-    "increlora", "prune", "rank_masks", "reduce", "relora", "smoothed_sensitivity", "sora", "sparse", "spectra",
-    "stable_rank", "truncate", "with_ranks",
+    "allocate", "budget_schedule", "compact", "dylora", "effective_rank", "energy_rank", "exported", "identity",
+    "importance", "increlora", "prune", "rank_masks", "reduce", "relora", "smoothed_sensitivity", "sora", "sparse",
+    "spectra", "stable_rank", "truncate", "with_ranks",
 ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from lorajax.core.adapt import Adapt, Frozen
+from lorajax.core.adapt import adapt as make_adapt
 
 
 class Restart(NamedTuple):
@@ -49,3 +53,14 @@ def identity() -> Controller:
     """The controller that does nothing; its state is an empty tuple."""
     return Controller(init=lambda trainable: (), masks=lambda state: None,
                       update=lambda grads, old, new, state: (new, state))
+
+
+def exported(controller: Controller, adapt: Adapt, params: Any, trainable: Any, frozen: Frozen,
+             state: Any) -> tuple[Adapt, dict[str, Any], Frozen]:
+    """(adapt, trainable, frozen) that say all that training made of `params`, to be saved: those given, or where the
+    controller restarts its `Restart.whole`. frozen: as `adapt.init` gave it; state: the controller's."""
+    if controller.restart is None:
+        return adapt, trainable, frozen
+    plan, arrays = controller.restart.whole(trainable, frozen, state)
+    whole = make_adapt(adapt.sites, [(re.escape(path), choice) for path, choice in plan.items()])
+    return whole, arrays, whole.frozen(params, {})

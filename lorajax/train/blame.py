@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,6 +68,26 @@ def blame(
     if bad:
         return Blame("gradient", bad, _origin(lambda *args: gradients(*args).grads, state, frozen, batch))
     return Blame("update", ())
+
+
+def diagnosis(
+    loss: Loss,
+    adapt: Any,
+    state: TrainState,
+    frozen: Any,
+    batch: Any,
+    metrics: Mapping[str, Any],
+    controller: Controller | None = None,
+    *,
+    accumulate: int = 1,
+    steps_per_call: int = 1,
+) -> str:
+    """What a run says that ends here: the step, `blame`, and what may help. metrics: of the call that failed."""
+    if steps_per_call > 1:
+        batch = jax.tree.map(lambda x: x[int(jnp.argmin(metrics["finite"]))], batch)
+    why = blame(loss, adapt, state, frozen, batch, controller, accumulate=accumulate)
+    return (f"error: step {int(state.step) + 1} is not finite: {why}. The state before it is kept as a checkpoint. "
+            f"A smaller --config.lr, a longer --config.warmup or --config.compute_dtype=float32 may help")
 
 
 def _bad(tree: Any) -> tuple[str, ...]:

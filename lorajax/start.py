@@ -1,0 +1,73 @@
+"""Where a run's adapters begin: ranks shared out by importance, arrays drawn or read from data, or read back.
+
+`loss` is that of `lorajax.train.step.make_step`, `batches` the training data (`batch(epoch, i)`, `epoch()`, a length),
+`model` anything with `variables` and the base's `fingerprint`. What is read back is a folder of `lorajax.io.adapter`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lorajax import control
+from lorajax.calibrate import calibrate
+from lorajax.core.adapt import Adapt
+from lorajax.core.adapt import adapt as make_adapt
+from lorajax.io import adapter
+from lorajax.variants.eva import redistribute
+
+
+def by_importance(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, key: jax.Array) -> Adapt:
+    """`adapt` with a rank per site, in proportion to its score at the start, from the gradients of the first batches
+    (`config.ranks`)."""
+    c = config.ranks
+    trainable, frozen = jax.jit(adapt.init)(key, model.variables)
+
+    def gradient(trainable: Any, batch: Any, frozen: Any) -> Any:
+        return jax.grad(lambda tr: loss(adapt.bind(tr, frozen), batch, key)[0])(trainable)
+
+    first = [batches.batch(0, i) for i in range(min(c.batches, len(batches)))]
+    scores = control.importance(adapt, gradient, trainable, first, c.metric, rest=(frozen,))
+    matrices = sum(adapt.sites[path].extent(adapt.sites[path].stack_axes) for path in scores)
+    ranks = control.allocate(adapt, scores, ranks=round(c.budget * matrices), minimum=c.minimum)
+    return make_adapt(adapt.sites, control.with_ranks(adapt, ranks, keep=c.keep), adapt.dtype)
+
+
+def make(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, key: jax.Array,
+         mask: Callable[[Any], jax.Array]) -> tuple[Adapt, dict[str, Any], Any]:
+    """(adapt, trainable, frozen) at step 0. A start that reads data gets the first `config.calibrate.batches`; `loss`
+    is then without dropout, and `mask` says which tokens count. Ranks may have moved (EVA)."""
+    c, stats = config.calibrate, {}
+    if _statistics(adapt):
+        few = list(itertools.islice(batches.epoch(), c.batches))
+        stats = calibrate(adapt, lambda params, batch: loss(params, batch, key)[0], model.variables, few, mask=mask,
+                          at_once=c.at_once or None)
+        if c.redistribute:
+            adapt, stats = redistribute(adapt, stats)
+    return adapt, *jax.jit(adapt.init)(key, model.variables, stats)
+
+
+def read(config: ConfigDict, adapt: Adapt, model: Any, folder: Path) -> tuple[Adapt, dict[str, Any], Any]:
+    """The same, as it was saved: a resumed run neither reads the data again nor repeats a decomposition, which another
+    machine may round differently. Ranks that importance or EVA moved are in the saved plan."""
+    if reads_data(config, adapt):
+        plan = adapter.plan(folder)
+        chosen = {path: c._replace(choice=plan[path]) for path, c in adapt.chosen.items() if path in plan}
+        adapt = dataclasses.replace(adapt, chosen=chosen)
+    return adapt, *adapter.load(folder, adapt, model.variables, base=model.fingerprint)
+
+
+def reads_data(config: ConfigDict, adapt: Adapt) -> bool:
+    """Whether ranks or arrays depend on data at the start."""
+    return bool(config.ranks.budget or _statistics(adapt))
+
+
+def _statistics(adapt: Adapt) -> dict[str, Any]:
+    """Path -> what its start reads."""
+    return {path: found for path, v in adapt.plan.items() if (found := getattr(v, "statistic", None))}
