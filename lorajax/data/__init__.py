@@ -1,4 +1,4 @@
-"""Text and image classification data: tasks, loading, tokens, batches, metrics. Knows nothing of models or adapters.
+"""Data: tasks, texts and images; loading, tokens, chat templates, packing, batches, metrics. Knows nothing of models.
 
 ::
 
@@ -7,37 +7,55 @@
     tokens = tokenize(splits["train"], load_tokenizer(folder), max_length=128)
     stream = Batches(tokens, 32, seed=0).stream()          # batches without end; stream.position is all to be saved
     evaluate(spec, outputs, labels, weight)[spec.headline]
+
+and for language models::
+
+    template = load_chat_template(folder)
+    examples = supervise([template.marked(messages) for messages in conversations], tokenizer, max_length=512)
+    stream = Batches(pack(examples, 1024, seed=0), 8, seed=0, shapes=1).stream()
 """
 
 from lorajax.data.batches import Batch, Batches, Position, Stream, bucket_lengths
+from lorajax.data.chat import CHATML, ChatTemplate, load_chat_template
 from lorajax.data.glue import load_glue
 from lorajax.data.images import IMAGES, ImageBatches, Images, load_images
 from lorajax.data.metrics import METRICS, evaluate, majority
+from lorajax.data.packing import first_fit, pack
 from lorajax.data.reviews import load_reviews
+from lorajax.data.supervised import Marked, Supervised, completion, supervise
 from lorajax.data.tasks import GLUE, TASKS, Examples, Task, task
 from lorajax.data.tokens import Tokens, load_tokenizer, tokenize
 
 __all__ = [
+    "CHATML",
     "GLUE",
     "IMAGES",
     "METRICS",
     "TASKS",
     "Batch",
     "Batches",
+    "ChatTemplate",
     "Examples",
     "ImageBatches",
     "Images",
+    "Marked",
     "Position",
     "Stream",
+    "Supervised",
     "Task",
     "Tokens",
     "bucket_lengths",
+    "completion",
     "evaluate",
+    "first_fit",
+    "load_chat_template",
     "load_glue",
     "load_images",
     "load_reviews",
     "load_tokenizer",
     "majority",
+    "pack",
+    "supervise",
     "task",
     "tokenize",
 ]

@@ -19,13 +19,26 @@ BERT's uncased WordPiece; qnli, mnli and qqp: samples of 11,803, 12,925 and 34,6
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lorajax.data.tokens import Tokens
-
 Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Rows of token ids that batches are made of: `Tokens`, `Supervised` (packed or not), `Preferences`."""
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens per row."""
+
+    def batch(self, rows: np.ndarray, real: np.ndarray, length: int) -> Batch:
+        """Arrays with a leading axis B from the rows (B,) int64, padded to `length` tokens; real: (B,) bool, False for
+        the empty rows of a batch, which repeat a real one and must count nowhere."""
 
 
 class Position(NamedTuple):
@@ -38,18 +51,15 @@ class Position(NamedTuple):
 class Batches:
     """The batches of one split, on one of several processes.
 
-    A batch is a dict of arrays, with B = batch_size / process_count rows and a length L in ``lengths``:
+    A batch is a dict of arrays, with B = batch_size / process_count rows and a length L in ``lengths``; the source's
+    ``batch`` says which. ``weight`` is 0 in an empty row, which repeats a real one, so that no attention row or mean is
+    over nothing; losses and metrics must multiply by ``weight``.
 
-    * ``input_ids``, ``attention_mask``, ``token_type_ids``: (B, L) int32;
-    * ``label``: (B,) int32 or float32;
-    * ``weight``: (B,) float32, 1 for an example and 0 for an empty row. An empty row repeats a real one, so that no
-      attention row or mean is over nothing; losses and metrics must multiply by ``weight``.
-
-    Every example has weight 1 in exactly one batch per epoch. Process p holds rows [p B, (p + 1) B) of each global
+    Every example is in exactly one batch per epoch. Process p holds rows [p B, (p + 1) B) of each global
     batch; steps and shapes are the same on all processes, and the global batches do not depend on their number.
 
     Args:
-        tokens: the tokenised split.
+        tokens: the tokenised split, or another source.
         batch_size: examples per global batch.
         seed: any integer; used only when ``shuffle``.
         shuffle: False gives the same order in each epoch, short batches first: for evaluation.
@@ -63,7 +73,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: Rows,
         batch_size: int,
         *,
         seed: int = 0,
@@ -73,7 +83,7 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        if len(tokens.labels) == 0:
+        if len(tokens.lengths) == 0:
             raise ValueError("there are no examples to make batches of")
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} does not divide among {process_count} processes")
@@ -87,7 +97,7 @@ class Batches:
         self.seed = seed
         self.shuffle = shuffle
         self.lengths = tuple(sorted(lengths)) if lengths else bucket_lengths(tokens.lengths, shapes, batch_size)
-        self.steps = -(-len(tokens.labels) // batch_size)
+        self.steps = -(-len(tokens.lengths) // batch_size)
         self._buckets = np.searchsorted(self.lengths, tokens.lengths)
         self._own = slice(
             batch_size // process_count * process_index, batch_size // process_count * (process_index + 1)
@@ -117,32 +127,21 @@ class Batches:
         rows = self.rows(epoch, index)
         grid, padded = self._plan(epoch)
         real = rows >= 0
-        rows = np.where(real, rows, grid[index, 0])
-        start, length = self.tokens.offsets[rows], self.tokens.lengths[rows]
-        column = np.arange(padded[index])
-        inside = column < length[:, None]
-        source = np.where(inside, start[:, None] + column, 0)
-        return {
-            "input_ids": np.where(inside, self.tokens.ids[source], np.int32(self.tokens.pad_id)),
-            "attention_mask": inside.astype(np.int32),
-            "token_type_ids": np.where(inside, self.tokens.types[source], np.int32(0)),
-            "label": self.tokens.labels[rows],
-            "weight": real.astype(np.float32),
-        }
+        return self.tokens.batch(np.where(real, rows, grid[index, 0]), real, int(padded[index]))
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """One pass, e.g. for evaluation."""
         return (self.batch(epoch, index) for index in range(self.steps))
 
     def stack(self, group: Sequence[Batch]) -> Batch:
-        """One batch with a new leading axis; (B, L) arrays are padded to the longest L."""
-        longest = max(batch["input_ids"].shape[1] for batch in group)
+        """One batch with a new leading axis; arrays of tokens are padded to the longest L, their last axis."""
+        longest = max(batch["input_ids"].shape[-1] for batch in group)
 
         def padded(name: str, x: np.ndarray) -> np.ndarray:
-            if x.ndim < 2 or x.shape[1] == longest:
+            if x.ndim < 2 or x.shape[-1] == longest:
                 return x
             value = self.tokens.pad_id if name == "input_ids" else 0
-            return np.pad(x, ((0, 0), (0, longest - x.shape[1])), constant_values=value)
+            return np.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, longest - x.shape[-1]),), constant_values=value)
 
         return {name: np.stack([padded(name, batch[name]) for batch in group]) for name in group[0]}
 

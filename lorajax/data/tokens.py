@@ -38,6 +38,25 @@ class Tokens(NamedTuple):
         """(n,) int64 tokens per example, special tokens included."""
         return np.diff(self.offsets)
 
+    def batch(self, rows: np.ndarray, real: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        """What a step takes:
+
+        * ``input_ids``, ``attention_mask``, ``token_type_ids``: (B, L) int32;
+        * ``label``: (B,) int32 or float32;
+        * ``weight``: (B,) float32, 1 for an example and 0 for a row that is not `real`.
+        """
+        start, lengths = self.offsets[rows], self.lengths[rows]
+        column = np.arange(length)
+        inside = column < lengths[:, None]
+        source = np.where(inside, start[:, None] + column, 0)
+        return {
+            "input_ids": np.where(inside, self.ids[source], np.int32(self.pad_id)),
+            "attention_mask": inside.astype(np.int32),
+            "token_type_ids": np.where(inside, self.types[source], np.int32(0)),
+            "label": self.labels[rows],
+            "weight": real.astype(np.float32),
+        }
+
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Reads ``tokenizer.json`` of a model folder; its padding token comes from there or from ``tokenizer_config.json``.

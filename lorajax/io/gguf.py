@@ -55,6 +55,13 @@ class Gguf(NamedTuple):
     chat_template: str
     special: dict[str, int]
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, ... -> the token, as Hugging Face's files and chat templates name them."""
+        names = {"unknown": "unk", "padding": "pad", "seperator": "sep", "separator": "sep"}
+        found = {names.get(name, name): self.tokenizer.id_to_token(i) for name, i in self.special.items()}
+        return {f"{name}_token": token for name, token in found.items() if token is not None}
+
 
 class GgufTensors(Mapping[str, np.ndarray]):
     """Tensors of a GGUF file as a read-only mapping by Hugging Face's names."""
