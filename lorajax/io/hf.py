@@ -53,6 +53,11 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`tensors[name][index]`, of which only that part is read."""
+        with safe_open(self._where[name], framework="np") as file:
+            return file.get_slice(name)[index]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
         with safe_open(self._where[name], framework="np") as file:

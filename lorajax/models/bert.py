@@ -24,6 +24,7 @@ from lorajax.models.attention import Attention
 from lorajax.models.bert_config import BertConfig
 from lorajax.models.layers import FeedForward, rematerialised, scanned
 from lorajax.models.norms import LayerNorm
+from lorajax.models.settings import pinned
 
 
 def position_ids(config: BertConfig, input_ids: jax.Array) -> jax.Array:
@@ -92,8 +93,9 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask[:, None, None, :])[0]))
-        return self.ffn_norm(x + self.dropout(self.ffn(x))), None
+        c = self.config
+        x = pinned(c, self.attention_norm(x + self.dropout(self.attention(x, mask=mask[:, None, None, :])[0])))
+        return pinned(c, self.ffn_norm(x + self.dropout(self.ffn(x)))), None
 
 
 class RobertaHead(nn.Module):
@@ -155,7 +157,7 @@ class Bert(nn.Module):
             token_type_ids = jnp.zeros_like(input_ids)
         if positions is None:
             positions = position_ids(c, input_ids)
-        x = self.embeddings(input_ids, token_type_ids, positions)
+        x = pinned(c, self.embeddings(input_ids, token_type_ids, positions))
         if c.scan_layers:
             return self.layers(x, mask)[0]
         for layer in self.layer:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from lorajax.models.parts import onto, stacked_part
 from lorajax.models.stacking import stack_layers, unstack_layers
 
 
@@ -125,6 +126,7 @@ def params_from_hf(
     key: jax.Array | None = None,
     ignore: Sequence[str] = (),
     place: Callable[[str, np.ndarray], Any] | None = None,
+    shardings: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]] | None = None,
 ) -> Loaded:
     """Builds the parameters of the model that `config` describes from `tensors`: name -> array, with the family's
     prefix or without.
@@ -132,7 +134,10 @@ def params_from_hf(
     `key` initialises head modules that the checkpoint lacks, and only those. `ignore` holds regexes (full match on the
     name without prefix) of tensors to leave out, for example `r'classifier\\..*'` to start from a fresh head. `tensors`
     may read lazily: they are read one at a time, in the model's order. `place` (path, array in our layout) -> leaf
-    replaces the conversion to `config.param_dtype` on the default device: for shardings or quantisation while loading.
+    replaces the conversion to `config.param_dtype` on the default device: for quantisation while loading.
+    `shardings`, from path -> shape of the tree (scanned or not) to path -> sharding, puts every parameter on a mesh as
+    it is read: a process reads what its own devices hold, one part at a time (a copy that should be tied is compared
+    whole). Not together with `place`.
 
     Errors: ValueError that names every unused tensor, every missing one, each wrong shape, or an `ignore` regex that
     matches nothing; ValueError if the head is missing and there is no key.
@@ -147,6 +152,11 @@ def params_from_hf(
     present = {name: original for name, original in by_name.items() if name not in dropped}
     shapes = _shapes(form)
     _check(form, shapes, present, tensors)
+    if shardings is not None:
+        if place is not None:
+            raise ValueError("give params_from_hf shardings or place, not both: place decides alone where leaves go")
+        variables, new = _spread(form, config, shapes, present, tensors, shardings, key)
+        return Loaded(variables, new, tuple(sorted(by_name[name] for name in dropped)))
     place = place or (lambda _, array: jnp.asarray(array, dtype=config.param_dtype))
 
     flat, fresh = {}, []
@@ -161,6 +171,35 @@ def params_from_hf(
     if getattr(config, "scan_layers", False):
         variables = stack_layers(variables)
     return Loaded(variables, tuple(fresh), tuple(sorted(by_name[name] for name in dropped)))
+
+
+def _spread(form: Layout, config: Any, shapes: Mapping[str, tuple[int, ...]], present: Mapping[str, str],
+            tensors: Mapping[str, Any], shardings: Callable[..., Mapping[str, jax.sharding.Sharding]],
+            key: jax.Array | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Variables and the fresh paths of `params_from_hf`, on a mesh; layers are stacked as their parts are read."""
+    scanned = getattr(config, "scan_layers", False)
+    merged: dict[str, list[str]] = {}
+    for path in form.tensors:
+        merged.setdefault(re.sub(r"/layer_\d+/", "/layers/", path) if scanned else path, []).append(path)
+    for layers in merged.values():
+        layers.sort(key=lambda one: [int(n) for n in re.findall(r"/layer_(\d+)/", one)])
+    lead = {path: (len(layers),) if "/layers/" in path else () for path, layers in merged.items()}
+    whole = {path: (*lead[path], *shapes[layers[0]]) for path, layers in merged.items()}
+    dtype = np.dtype(config.param_dtype)
+    where = shardings({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in whole.items()})
+    flat, fresh = {}, []
+    for path, layers in merged.items():
+        found = [form.tensors[layer] for layer in layers]
+        if all(name in present for tensor in found for name in tensor.names):
+            of_each: list[Any] = [[present[n] for n in t.names] if t.stacked else present[t.names[0]] for t in found]
+            names, kind = of_each if lead[path] else of_each[0], found[0].form
+            flat[path] = onto(where[path], whole[path], dtype,
+                              lambda index, names=names, kind=kind: stacked_part(tensors, names, kind, index))
+        else:
+            fresh.append(path)
+            new = np.asarray(_initial(path, whole[path], form.init_std, dtype, key))
+            flat[path] = onto(where[path], whole[path], dtype, lambda index, new=new: new[index])
+    return traverse_util.unflatten_dict(flat, sep="/"), tuple(fresh)
 
 
 def params_to_hf(config: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

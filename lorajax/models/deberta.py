@@ -27,7 +27,7 @@ from lorajax.models.attention import attend
 from lorajax.models.checkpoint import Layout, Tensor, layout, linears, norms
 from lorajax.models.layers import FeedForward, rematerialised, scanned
 from lorajax.models.norms import LayerNorm
-from lorajax.models.settings import ACTIVATIONS, Execution, choice, number_of_labels, read_keys
+from lorajax.models.settings import ACTIVATIONS, Execution, choice, number_of_labels, pinned, read_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ class Layer(nn.Module):
         self.drop = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, None]:
-        x = self.attention_norm(x + self.drop(self.attention(x, mask, positions)))
-        return self.ffn_norm(x + self.drop(self.ffn(x))), None
+        x = pinned(self.config, self.attention_norm(x + self.drop(self.attention(x, mask, positions))))
+        return pinned(self.config, self.ffn_norm(x + self.drop(self.ffn(x)))), None
 
 
 class Embeddings(nn.Module):
@@ -199,7 +199,7 @@ class Deberta(nn.Module):
     def encode(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Last hidden states (B, T, D) in `config.dtype`; rows of masked tokens carry no meaning."""
         real = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-        x, mask = self.embeddings(input_ids, real), real[:, None, None, :]
+        x, mask = pinned(self.config, self.embeddings(input_ids, real)), real[:, None, None, :]
         positions = self.relative_norm(self.relative(jnp.arange(2 * self.config.buckets)))
         if self.config.scan_layers:
             return self.layers(x, mask, positions)[0]

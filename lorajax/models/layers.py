@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from lorajax.models.attention import KeyValue, causal_mask
-from lorajax.models.settings import ACTIVATIONS, Execution
+from lorajax.models.settings import ACTIVATIONS, Execution, pinned
 
 
 class Context(NamedTuple):
@@ -50,6 +50,7 @@ class PreNormLayer(nn.Module):
     make_scale: Callable[[], nn.Module] | None = None
     dropout: float = 0.0
     deterministic: bool = True
+    run: Execution = Execution()
 
     def setup(self) -> None:
         self.attention_norm, self.attention = self.make_norm(), self.make_attention()
@@ -69,14 +70,14 @@ class PreNormLayer(nn.Module):
             assert mask is not None and c.used is not None
             mask = mask & causal_mask(x.shape[1], own[0].shape[1], c.used, self.attention.window)
         y, own = self.attention(self.attention_norm(x), mask=mask, bias=c.bias, rope=c.rope, cache=own, index=c.used)
-        x = x + self.drop(y if self.make_scale is None else self.attention_scale(y))
+        x = pinned(self.run, x + self.drop(y if self.make_scale is None else self.attention_scale(y)))
         if self.make_cross is not None:
             if c.source is not None:
                 cross = self.cross_attention.keys_values(c.source)
             y, _ = self.cross_attention(self.cross_norm(x), memory=cross, mask=c.source_mask)
-            x = x + self.drop(y)
+            x = pinned(self.run, x + self.drop(y))
         y = self.ffn(self.ffn_norm(x))
-        x = x + self.drop(y if self.make_scale is None else self.ffn_scale(y))
+        x = pinned(self.run, x + self.drop(y if self.make_scale is None else self.ffn_scale(y)))
         return x, None if own is None else LayerCache(own, cross)
 
 
@@ -102,15 +103,16 @@ def add_layers(module: Any, run: Execution, length: int, fields: Callable[[int],
     """To be called in `module.setup`: `length` `PreNormLayer`s, the fields of each given by its index, as
     `layer_i`, or with `run.scan_layers` as one scanned `layers`."""
     if run.scan_layers:
-        module.layers = scanned(PreNormLayer, run, length, (nn.broadcast, 0))(**fields(0))
+        module.layers = scanned(PreNormLayer, run, length, (nn.broadcast, 0))(**fields(0), run=run)
     else:
-        module.layer = [rematerialised(PreNormLayer, run)(**fields(i)) for i in range(length)]
+        module.layer = [rematerialised(PreNormLayer, run)(**fields(i), run=run) for i in range(length)]
 
 
 def run_layers(
     module: Any, run: Execution, x: jax.Array, context: Context, caches: Any = None
 ) -> tuple[jax.Array, Any]:
     """x through what `add_layers` made; `caches` as `Cache.layers`, or None. Returns x and the new caches."""
+    x = pinned(run, x)
     if run.scan_layers:
         return module.layers(x, context, caches)
     new = []

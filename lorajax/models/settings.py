@@ -44,6 +44,8 @@ class Execution:
     param_dtype: dtype of the stored parameters.
     scan_layers: one stacked tree `layers` (leading axis = layer) run by `lax.scan`, instead of `layer_0`, `layer_1`...
     remat: 'none', 'full', or a name in `jax.checkpoint_policies` (see `REMAT_POLICIES`), applied to each layer.
+    rows: sharding of the rows of what flows from layer to layer, on a mesh; None leaves it to the compiler, which under
+        FSDP may well cut features instead of rows. No number depends on it.
     attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla' or 'cudnn' (fused, on
         NVIDIA GPUs with a 16-bit dtype).
     """
@@ -53,6 +55,7 @@ class Execution:
     scan_layers: bool = False
     remat: str = "none"
     attention: Literal["xla", "cudnn"] | None = None
+    rows: Any = None
 
     def __post_init__(self) -> None:
         choice("remat", self.remat, ("none", "full", *REMAT_POLICIES))
@@ -61,6 +64,11 @@ class Execution:
     def remat_policy(self) -> Any:
         """The `jax.checkpoint` policy of `remat`; None keeps nothing but the layer's input."""
         return None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+
+
+def pinned(run: Execution, x: jax.Array) -> jax.Array:
+    """x, its rows where `run.rows` says and all else of it whole."""
+    return x if run.rows is None else jax.lax.with_sharding_constraint(x, run.rows)
 
 
 def choice(name: str, value: str, known: Sequence[str]) -> None:
