@@ -17,10 +17,13 @@ and for language models::
 
 from lorajax.data.batches import Batch, Batches, Position, Stream, bucket_lengths
 from lorajax.data.chat import CHATML, ChatTemplate, load_chat_template
+from lorajax.data.dolly import load_dolly
 from lorajax.data.glue import load_glue
+from lorajax.data.gsm8k import load_gsm8k
 from lorajax.data.images import IMAGES, ImageBatches, Images, load_images
 from lorajax.data.metrics import METRICS, evaluate, majority
 from lorajax.data.packing import first_fit, pack
+from lorajax.data.preferences import Preferences, mismatched, prefer
 from lorajax.data.reviews import load_reviews
 from lorajax.data.supervised import Marked, Supervised, completion, supervise
 from lorajax.data.tasks import GLUE, TASKS, Examples, Task, task
@@ -40,6 +43,7 @@ __all__ = [
     "Images",
     "Marked",
     "Position",
+    "Preferences",
     "Stream",
     "Supervised",
     "Task",
@@ -49,12 +53,16 @@ __all__ = [
     "evaluate",
     "first_fit",
     "load_chat_template",
+    "load_dolly",
     "load_glue",
+    "load_gsm8k",
     "load_images",
     "load_reviews",
     "load_tokenizer",
     "majority",
+    "mismatched",
     "pack",
+    "prefer",
     "supervise",
     "task",
     "tokenize",
