@@ -1,12 +1,15 @@
 """Chat templates against `transformers`; which tokens of a conversation are learned, against the text itself."""
 
 import json
+import os
 
 import chats
 import numpy as np
 import pytest
 
-from lorajax.data import CHATML, ChatTemplate, Marked, completion, load_chat_template, supervise
+from lorajax.data import CHATML, ChatTemplate, Marked, completion, load_chat_template, load_gsm8k, supervise
+from lorajax.io.assets import cache_folder
+from lorajax.io.gguf import open_gguf
 
 TOKENIZER = chats.tokenizer()
 PAIRS = [(name, talk) for name in chats.TEMPLATES for talk in chats.CONVERSATIONS]
@@ -154,6 +157,29 @@ def test_fingerprint_tells_rows_apart():
     assert other.ids.tolist() == base.ids.tolist()
     prints = {base.fingerprint(), other.fingerprint(), base.take(np.array([1, 0])).fingerprint()}
     assert len(prints) == 3 and base.take(np.array([0, 1])).fingerprint() == base.fingerprint()
+
+
+# --- a real tokenizer ---
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_no_turn_of_smollm2_has_to_be_split():
+    """SmolLM2's own template and tokenizer on GSM8K: what is learned is the answer with its end-of-turn token."""
+    file = next(iter(cache_folder().glob("smollm2/*/model.gguf")), None)
+    if file is None or not os.environ.get("LORAJAX_DATA"):
+        pytest.skip("needs the cached asset smollm2 and LORAJAX_DATA")
+    found = open_gguf(file)
+    template = ChatTemplate(found.chat_template, found.special_tokens)
+    assert template == ChatTemplate(chats.SMOLLM2, template.tokens) and template.tokens["eos_token"] == "<|im_end|>"
+    pairs = load_gsm8k()["validation"]
+    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
+    rows = supervise([template.marked(messages) for messages in turns], found.tokenizer, max_length=1024)
+    assert rows.split == rows.dropped == rows.truncated == 0
+    for i, (_, answer) in enumerate(pairs):
+        at = slice(*rows.offsets[i : i + 2])
+        learned = found.tokenizer.decode(rows.ids[at][rows.completion[at]].tolist(), skip_special_tokens=False)
+        assert learned == answer + "<|im_end|>"
 
 
 # --- against transformers ---

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorajax.models.frozen_head import frozen_head_loss
+from lorajax.models.frozen_head import frozen_head_log_probs, frozen_head_loss
 
 
 def plain(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
@@ -55,3 +55,26 @@ def test_memory_is_a_chunk_of_logits() -> None:
     whole = 512 * 1000 * 4
     assert temporary(plain) >= whole
     assert temporary(lambda *x: frozen_head_loss(*x, chunk=32)) < whole / 4
+
+
+@pytest.mark.parametrize("chunk", [4, 14, 100])
+def test_log_probabilities_and_their_gradient_are_the_plain_ones(chunk: int) -> None:
+    hidden, kernel, labels, by = arrays((2, 7), 8, 31)
+
+    def want(hidden: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(hidden @ kernel), labels[..., None], axis=-1)[..., 0]
+
+    have, back = jax.vjp(jax.jit(lambda h: frozen_head_log_probs(h, kernel, labels, chunk)), hidden)
+    there, towards = jax.vjp(want, hidden)
+    np.testing.assert_allclose(have, there, atol=1e-5)
+    np.testing.assert_allclose(back(by)[0], towards(by)[0], atol=1e-5)
+    assert not jax.grad(lambda k: frozen_head_log_probs(hidden, k, labels, chunk).sum())(kernel).any()
+
+
+def test_memory_of_log_probabilities_is_a_chunk_of_logits() -> None:
+    hidden, kernel, labels, _ = arrays((512,), 16, 1000)
+
+    def sharp(hidden: jax.Array) -> jax.Array:
+        return jnp.square(frozen_head_log_probs(hidden, kernel, labels, 32)).sum()
+
+    assert jax.jit(jax.grad(sharp)).lower(hidden).compile().memory_analysis().temp_size_in_bytes < 512 * 1000

@@ -2,6 +2,12 @@
 
 `positions` restart with each example and `segments` number them; a model that is handed both attends within an example
 only (`lorajax.models.decoder.CausalLM`), and no example's last token is asked for the next one's first.
+
+Slots without a token, in percent, with SmolLM2's tokenizer and template, batches of 8 rows: packed into rows of 1024
+tokens, and one by one in `Batches` of at most 8 lengths:
+
+    gsm8k (6,768 examples)   2.6   8.5
+    dolly (2,667 examples)   2.0  16.8
 """
 
 from __future__ import annotations

@@ -64,3 +64,28 @@ def _backward(towards: jax.Array, by: jax.Array) -> tuple[jax.Array, None, None,
 
 
 _total.defvjp(_forward, _backward)
+
+
+def frozen_head_log_probs(
+    hidden: jax.Array, kernel: jax.Array, labels: jax.Array, chunk: int = 1024
+) -> jax.Array:
+    """log softmax(`hidden @ kernel`) at `labels`: hidden (..., D), kernel (D, V), labels int (...), each a row of it ->
+    (...) float32, for losses that are no mean over tokens (DPO). Nothing flows back to kernel and labels.
+
+    Products in hidden's dtype, softmax in float32. chunk: tokens whose logits (chunk, V) exist at a time; the backward
+    pass makes them again.
+    """
+    kernel = jax.lax.stop_gradient(kernel).astype(hidden.dtype)
+    flat, which = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    size = min(chunk, flat.shape[0])
+    short = -flat.shape[0] % size
+    flat, which = jnp.pad(flat, ((0, short), (0, 0))), jnp.pad(which, (0, short))
+
+    @jax.checkpoint
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = jnp.matmul(part[0], kernel, preferred_element_type=jnp.float32)
+        right = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
+        return right - jax.nn.logsumexp(logits, axis=-1)
+
+    found = jax.lax.map(one, (flat.reshape(-1, size, flat.shape[1]), which.reshape(-1, size)))
+    return found.reshape(-1)[: labels.size].reshape(labels.shape)

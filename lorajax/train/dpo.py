@@ -62,7 +62,8 @@ def reference(adapt: Adapt, frozen: Frozen) -> Any:
 
 def sequence_log_probs(logits: jax.Array, labels: jax.Array, completion: jax.Array) -> jax.Array:
     """Sum of log p(label) over the last axis: logits (..., L, V), labels (..., L) int, completion (..., L), 0 for
-    tokens that do not count -> (...) float32. The softmax is in float32."""
+    tokens that do not count -> (...) float32. The softmax is in float32. Without all logits at once:
+    `lorajax.models.frozen_head.frozen_head_log_probs`, times `completion`, summed."""
     logits = logits.astype(jnp.float32)
     right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jnp.sum((right - jax.nn.logsumexp(logits, axis=-1)) * completion, axis=-1)
