@@ -77,13 +77,14 @@ def _factors(site: Site, choice: Variant, adapter: Any, shared: dict[str, jax.Ar
     if choice.routed:
         raise ValueError(f"{site.path}: {type(choice).__name__} weighs its update per token, so it is no LoRA")
     shared = choice.read_shared(shared, site.n_in, site.n_out) if shared else {}
-    w, base = (matrix(site, x).astype(jnp.float32) for x in weights)
     with jax.default_matmul_precision("highest"):
         variant, arrays, _ = restated(choice, adapter)
         if variant.factored:
-            found = over_stack(site, lambda x, w: _pair(variant, x._replace(**shared), w))(arrays, w)
+            read = matrix(site, weights[0]).astype(jnp.float32) if variant.reads_weight else None
+            found = over_stack(site, lambda x, w: _pair(variant, x._replace(**shared), w))(arrays, read)
             if found is not None and found[0].shape[-1] <= min(site.n_in, site.n_out, rank or site.n_in):
                 return np.asarray(found[0]), np.asarray(found[1]), 0.0
+        w, base = (matrix(site, x).astype(jnp.float32) for x in weights)
         delta = over_stack(site, lambda x, w: choice.delta(x._replace(**shared), w))(adapter, w) + (w - base)
     u, s, vt = np.linalg.svd(np.asarray(delta), full_matrices=False)
     needed = max(1, int(np.max(np.sum(s > EXACT * np.max(s, -1, keepdims=True), -1))))

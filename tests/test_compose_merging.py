@@ -1,0 +1,82 @@
+"""Merging and unmerging: the base stays bit for bit what it was, and nothing goes in twice."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from composing import ONE, PARAMS, TWO, trained, updates
+
+import lorajax as lj
+from lorajax import compose
+from lorajax.variants import DoRA, LoRA
+
+
+def test_merged_weights_are_the_base_and_the_updates() -> None:
+    merged = compose.merge(PARAMS, ONE, weights=0.5)
+    merged = compose.merge(merged, TWO)
+    for path in PARAMS:
+        want = PARAMS[path] + 0.5 * updates(ONE)[path] + updates(TWO)[path]
+        np.testing.assert_allclose(merged.params[path], want, rtol=1e-5, atol=1e-5)
+        assert merged.base[path] is PARAMS[path]
+    only = compose.unmerge(merged, ONE)
+    again = compose.merge(PARAMS, TWO)
+    jax.tree.map(np.testing.assert_array_equal, only.params, again.params)
+    assert compose.unmerge(merged).params is PARAMS
+    with pytest.raises(ValueError, match=r"adapters\[0\] \(lj1:.*\) is in these weights already: unmerge it first"):
+        compose.merge(merged, ONE)
+    with pytest.raises(ValueError, match="lj1:.* is not in these weights; they hold"):
+        compose.unmerge(only, ONE)
+
+
+def test_a_thousand_merges_and_unmerges_leave_a_bfloat16_base_bit_identical() -> None:
+    """PEFT, which adds and subtracts in place, changes 72 % of the entries in 20 rounds."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(8, 6)), jnp.bfloat16)}
+    before = np.asarray(params["w"]).tobytes()
+    adapt = lj.adapt(lj.sites(lambda p, x: x @ p["w"], params, jnp.ones((1, 8), jnp.bfloat16)), [("w", LoRA(rank=2))])
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    trainable["w"] = trainable["w"]._replace(B=jnp.asarray(rng.normal(size=(2, 6)), jnp.float32))
+    one = compose.Adapter(adapt, trainable, frozen)
+    state: Any = params
+    first = None
+    for _ in range(1000):
+        merged = compose.merge(state, one)
+        first = merged.params["w"] if first is None else first
+        state = compose.unmerge(merged, one)
+    assert np.asarray(state.params["w"]).tobytes() == before == np.asarray(params["w"]).tobytes()
+    assert first is not None and np.asarray(merged.params["w"]).tobytes() == np.asarray(first).tobytes() != before
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_base_that_contains_the_adapter_is_recognised(dtype: Any) -> None:
+    base = {path: x.astype(dtype) for path, x in PARAMS.items()}
+    one, two = (trained(i, LoRA(rank=2), base) for i in (1, 2))
+    other = compose.merge(base, two).params
+    there = compose.merge(compose.merge(base, two), one).params  # plain arrays, nobody's record
+    with pytest.raises(ValueError, match=r"contain adapters\[0\] already \((0.9|1.0)\d times its update, at 4"):
+        compose.merge(there, one)
+    with pytest.raises(ValueError, match=r"adapters\[0\] was trained on another base than params: "):
+        compose.merge(other, one)
+
+
+def test_dense_methods_are_merged_without_a_rank() -> None:
+    merged = compose.merge(PARAMS, [ONE, TWO], compose.TIES(0.5), weights=[0.7, 0.3])
+    ranked = compose.compose([ONE, TWO], compose.TIES(0.5), weights=[0.7, 0.3], measure=False)
+    for path in PARAMS:
+        np.testing.assert_allclose(merged.params[path] - PARAMS[path], updates(ranked)[path], atol=2e-5)
+    with pytest.raises(ValueError, match="TIES merged 2 adapters together: unmerge all"):
+        compose.unmerge(merged, ONE)
+    assert compose.unmerge(merged, [ONE, TWO]).params["stack"] is PARAMS["stack"] or not compose.unmerge(merged).entries
+    with pytest.raises(ValueError, match="is in these weights already"):
+        compose.merge(PARAMS, [ONE, ONE])
+
+
+def test_dora_and_heads() -> None:
+    one = trained(5, [("stack", DoRA(LoRA(rank=2))), ("head|bias", lj.Full())])
+    with pytest.raises(ValueError, match="in full"):
+        compose.merge(PARAMS, one)
+    merged = compose.merge(PARAMS, one, full=0).params
+    want = one.adapt.merge(one.trainable, one.frozen)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), merged, want)
