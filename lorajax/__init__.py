@@ -2,8 +2,10 @@
 
 from lorajax.calibrate import calibrate
 from lorajax.core.adapt import Adapt, Frozen, adapt
+from lorajax.core.bank import bank, join
 from lorajax.core.bound import Bound
 from lorajax.core.lift import MaterialisedWeight, StrictLiftError, lift
+from lorajax.core.mixed import mixed
 from lorajax.core.rules import PRESETS, RuleError
 from lorajax.core.sites import Site, Sites, sites
 from lorajax.core.variant import Factors, Full, FullAdapter, Leaf, Variant
@@ -13,5 +15,5 @@ from lorajax.variants.lora import LoRA
 __version__ = "0.1.0"
 
 __all__ = ["PRESETS", "AdaLoRA", "Adapt", "Bound", "Factors", "Frozen", "Full", "FullAdapter", "Leaf", "LoRA",
-           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "calibrate",
-           "lift", "sites"]
+           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "bank",
+           "calibrate", "join", "lift", "mixed", "sites"]

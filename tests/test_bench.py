@@ -1,8 +1,11 @@
 """The benchmarks' counts: FLOPs near the ideal, and identical jitted layers that stay shared. No times."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments.bench import flops, setting, trace
+from experiments.bench import flops, mixed, setting, trace
 
 
 def test_flops_are_those_of_forward_activation_gradients_and_adapter_products() -> None:
@@ -24,3 +27,15 @@ def test_markdown_table() -> None:
     table = setting.markdown([{"a": 1.23456, "b": "x"}], {"date": "today"})
     assert table.splitlines() == ["| a | b |", "|---|---|", "| 1.235 | x |", "", "date today"]
     assert {"date", "jax", "cpu", "cores", "device"} <= set(setting.setting())
+
+
+def test_mixed_batches_are_timed_beside_the_base() -> None:
+    """The three programs differ only in their adapters, and every row of the last has its own."""
+    runs = mixed.programs(mixed.SMOKE, adapters=3, rank=2, rows=4, tokens=5, dtype=jnp.float32)
+    for program in runs:
+        base, one, each = (np.asarray(jax.tree.leaves(run())[0]) for run in program.values())
+        assert base.shape == one.shape == each.shape
+        np.testing.assert_allclose(each[[0, 3]], one[[0, 3]], atol=1e-5)  # rows 0 and 3 have the first adapter
+        assert np.abs(each - one)[1:3].max() > 1e-4 < np.abs(one - base).max()
+    row = mixed.measure(runs[1], repeats=1)
+    assert set(row) == {"base ms", "one adapter ms", "one per row ms", "one adapter / base", "one per row / base"}

@@ -21,35 +21,59 @@ RANK = -1
 """The name of a factor's rank dimension; weight dimensions are named by their index 0, 1, ..."""
 
 
+class Many(NamedTuple):
+    """A factor holds those of many adapters, along its dimension `axis`; `fill` is the entry of no adapter."""
+
+    axis: int
+    fill: float
+
+
 @jax.tree_util.register_pytree_node_class
 class Factor:
     """`array` with a name per dimension: `dims[i]` is a dimension of the weight, or RANK.
 
-    Pytree with the one leaf `stored`, which has `array`'s elements in another shape if `shape` is given: reshaped where
-    it is used, it costs a jitted or scanned layer one equation and not the model one per layer.
+    Pytree with the leaf `stored`, which has `array`'s elements in another shape if `shape` is given: reshaped where
+    it is used, it costs a jitted or scanned layer one equation and not the model one per layer. With `many` (see
+    `lorajax.core.bank`) `stored` and `shape` have one more dimension, and `array` is its entry `at`, a second leaf:
+    picked where it is used, so that what flows through a model is the bank and not a copy per row.
     """
 
-    __slots__ = ("dims", "shape", "stored")
+    __slots__ = ("at", "dims", "many", "shape", "stored")
 
-    def __init__(self, stored: Any, dims: tuple[int, ...], shape: tuple[int, ...] | None = None):
-        self.stored, self.dims, self.shape = stored, dims, shape
+    def __init__(self, stored: Any, dims: tuple[int, ...], shape: tuple[int, ...] | None = None,
+                 many: Many | None = None, at: Any = None):
+        self.stored, self.dims, self.shape, self.many, self.at = stored, dims, shape, many, at
 
     @property
     def array(self) -> Any:
-        return self.stored if self.shape is None else jnp.reshape(self.stored, self.shape)
+        array = self.stored if self.shape is None else jnp.reshape(self.stored, self.shape)
+        if self.many is None:
+            return array
+        if self.at is None:
+            raise ValueError("a bank holds many adapters, and nothing says which one a row reads: run it by "
+                             "lorajax.mixed(fn)(bank, index, ...)")
+        return jnp.take(array, self.at, axis=self.many.axis, mode="fill", fill_value=self.many.fill)
 
     def tree_flatten(self):
-        return (self.stored,), (self.dims, self.shape)
+        return (self.stored, self.at), (self.dims, self.shape, self.many)
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(children[0], *static)
+        (stored, at), (dims, shape, many) = children, static
+        return cls(stored, dims, shape, many, at)
 
     def astype(self, dtype) -> Factor:
-        return self if self.stored.dtype == dtype else Factor(self.stored.astype(dtype), self.dims, self.shape)
+        if self.stored.dtype == dtype:
+            return self
+        if self.many is not None:
+            return Factor(self.array.astype(dtype), self.dims)
+        return Factor(self.stored.astype(dtype), self.dims, self.shape)
 
     def size(self, dim: int) -> int:
-        return (self.shape or self.stored.shape)[self.dims.index(dim)]
+        sizes = list(self.shape or self.stored.shape)
+        if self.many is not None:
+            del sizes[self.many.axis]
+        return sizes[self.dims.index(dim)]
 
     def spread(self, dims: tuple[int, ...]) -> jax.Array:
         """The array transposed to the order of `dims`, with size 1 where it does not run along one of them."""
@@ -93,6 +117,7 @@ class Term(NamedTuple):
     tap: an array of zeros along the in dimensions and RANK (size in + 3) that changes nothing: its gradient is what the
     weight's inputs X were in a matmul, [X^T X | sum of rows | number of rows | largest |X|]. seen: weights of the rows,
     0 for padding, in the shape of the leading dimensions of X.
+    only: bool (tokens,), the tokens of the row that this adapter acts on (`lorajax.core.mixed`).
     """
 
     a: Factor | None = None
@@ -107,6 +132,7 @@ class Term(NamedTuple):
     gate: Gate | None = None
     tap: Factor | None = None
     seen: Factor | None = None
+    only: Any = None
 
     def folded(self) -> Term:
         """The same term with e and o multiplied into b, for where there is no activation to multiply."""
@@ -205,11 +231,13 @@ def product(a: Factor, b: Factor, ndim: int) -> jax.Array:
 def dense(node: Bound) -> jax.Array:
     """W' as one array of the weight's shape and dtype, summed in float32 or better. Dropout is not part of it.
 
-    Raises ValueError for an adapter with a router, which no one weight stands for.
+    Raises ValueError for an adapter with a router or for some tokens, which no one weight stands for.
     """
     if any(term.gate is not None for term in node.terms):
         raise ValueError(f"{node.path}: its adapter weighs rank components per token, so no merged weight equals it: "
                          f"keep the weight bound, or train a variant without a router here")
+    if any(term.only is not None for term in node.terms):
+        raise ValueError(f"{node.path}: its adapters act on some tokens only, so no merged weight equals them")
     every = tuple(range(node.ndim))
     compute = wide(node.dtype)
     w = node.w.astype(compute)

@@ -8,6 +8,7 @@ dimensions, then with the other one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +96,8 @@ def dot_general(eqn, left, right) -> jax.Array:
         array = x.array if order == sorted(order) else lax.transpose(x.array, order)
         return compat.bind(eqn, [node.w, array] if node_left else [array, node.w])[0]
 
-    x_in, scales, redo = _split_scales(node, x, set(nc), out)
+    sizes = [x.array.shape[x.labels.index(d)] if d in x.labels else node.shape[d] for d in out]
+    x_in, scales, redo = _split_scales(node, x, set(nc), out, sizes)
     y = base(x_in)
     if scales is not None:
         y = scale(y, scales)
@@ -106,9 +108,10 @@ def dot_general(eqn, left, right) -> jax.Array:
             y = tapped(y, x, term.tap, term.seen, set(nc), node.path)
         xt = dropped(term, x) if (term.a is not None or term in redo) else x
         if term in redo:  # with dropout, (g - 1) acts on the dropped input: a second base product
-            y = y + scale(base(xt), term.g.spread(out) - 1)
+            y = y + scale(base(xt), for_tokens(term, term.g.spread(out) - 1, 0, out, sizes, node.path))
         if term.a is not None and term.b is not None:
-            y = y + low_rank(term, term.a, term.b, xt, x, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
+            update = low_rank(term, term.a, term.b, xt, x, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
+            y = y + for_tokens(term, update, 0, out, sizes, node.path)
     return y
 
 
@@ -157,7 +160,20 @@ def _tap_back(kept: Any, dy: jax.Array) -> Any:
 _tap.defvjp(lambda y, x, tap, rows: (y, (x, rows)), _tap_back)
 
 
-def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int, ...]):
+def for_tokens(term: Term, y: jax.Array, other: float, labels: tuple[int, ...], sizes: Sequence[int],
+               path: str) -> jax.Array:
+    """y, whose dimensions are `labels`, for the tokens that the term acts on, and `other` for the rest of the row."""
+    if term.only is None:
+        return y
+    wide = [i for i, (d, n) in enumerate(zip(labels, sizes, strict=True)) if d >= FREE and n != 1]
+    if [sizes[i] for i in wide] != [n for n in term.only.shape if n != 1]:
+        raise ValueError(f"{path}: spans name an adapter for each of {term.only.size} tokens, and this weight reads "
+                         f"rows of {[sizes[i] for i in wide]}: leave it out, or give each row one adapter")
+    on = term.only.reshape([-1 if i in wide else 1 for i in range(len(labels))])
+    return jnp.where(on, y, jnp.asarray(other, y.dtype))
+
+
+def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int, ...], sizes: Sequence[int] = ()):
     """(x with in-scales applied, product of out-scales shaped like the result or None, terms that need a second base
     product because their scale acts on dropped input)."""
     scaling = [(t, t.g) for t in node.terms if t.g is not None]
@@ -165,13 +181,15 @@ def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int
     once = [g for t, g in scaling if t.key is None]
     inner = [g for g in once if contracted.issuperset(g.dims)]
     outer = [g for g in once if not contracted.intersection(g.dims)]
+    if inner and any(t.only is not None for t, _ in scaling):
+        raise ValueError(f"{node.path}: a scale of inputs for some tokens of a row: give rows one adapter each")
     if len(inner) + len(outer) != len(once) or (inner and len(scaling) > 1):
         raise Decline("scales along both sides of one product")
     if any(contracted.intersection(g.dims) for t, g in scaling if t.key is not None):
         raise Decline("a dropped scale along the contracted side")
     if inner:
         x = Labelled(scale(x.array, inner[0].spread(x.labels)), x.labels)
-    spread = [g.spread(out) for g in outer]
+    spread = [for_tokens(t, g.spread(out), 1, out, sizes, node.path) for t, g in scaling if g in outer]
     total = spread[0] if len(spread) == 1 else sum((g - 1 for g in spread), 1.0) if spread else None
     return x, total, redo
 
@@ -240,7 +258,9 @@ def _specs(mesh, *arrays: Labelled) -> dict[int, Any]:
 
 
 def unrouted(term: Term) -> Term:
-    """The term as factors alone, for a product with no activations of the router's kind."""
+    """The term as factors alone, for a product with no activations of the router's kind or none of tokens."""
+    if term.only is not None:
+        raise Decline("its adapters act on some tokens of a row, which this product does not tell apart")
     if term.gate is not None:
         raise Decline("its adapter has a router, which reads the tokens of a matmul")
     return term.folded()
@@ -327,9 +347,15 @@ def gather(eqn, node, indices) -> jax.Array | Bound:
         return Factor(array, (*batch, *[d if d == RANK else names[d] for d in keep]))
 
     terms = []
-    for t in map(unrouted, node.terms):
-        a, b = (f and rows(f, 0) for f in (t.a, t.b))
-        terms.append(Term(a, b, t.g and rows(t.g, 1), s=t.s))
+    for term in node.terms:
+        t = unrouted(term._replace(only=None))
+        a, b, g = (f and rows(f, fill) for f, fill in ((t.a, 0), (t.b, 0), (t.g, 1)))
+        if term.only is not None:
+            labels, sizes = tuple(FREE + i for i in batch), [w.shape[i] for i in batch]
+            on = Factor(for_tokens(term, jnp.ones(sizes), 0, labels, sizes, node.path), batch)
+            change = g and Factor(g.array - 1, g.dims).times(on)
+            b, g = b and b.times(on), change and Factor(change.array + 1, change.dims)
+        terms.append(Term(a, b, g, s=t.s))
     out = Bound(w, tuple(terms), node.path)
     inside = set(p.offset_dims)
     if all(t.a is None or t.b is None or not (inside.intersection(t.a.dims) and inside.intersection(t.b.dims))

@@ -97,14 +97,18 @@ class Interpreter:
         if any(term.gate is not None for term in value.terms):
             raise ValueError(f"{value.path}: its adapter weighs its rank components per token, but `{name}` at {line} "
                              f"needs one merged weight ({why}): give this path a variant without a router")
+        if any(f.many is not None for f in value.factors()):
+            raise ValueError(f"{value.path}: each row of the batch has its own adapter, but `{name}` at {line} needs "
+                             f"one merged weight ({why}): leave this path out of the rules, or run each adapter alone")
         self.report(str(value.path), name, line, why)
         return dense(value)
 
 
 def _settle(value: Any) -> Any:
     """A weight that slicing left with a factor along no dimension is a vector: no larger dense than its factors."""
-    if is_bound(value) and all(t.a is None or t.b is None or t.a.dims == (RANK,) or t.b.dims == (RANK,)
-                               for t in value.terms) and any(t.a is not None for t in value.terms) and value.ndim <= 1:
+    if is_bound(value) and value.ndim <= 1 and all(
+            t.a is None or t.b is None or t.a.dims == (RANK,) or t.b.dims == (RANK,) for t in value.terms) and any(
+            t.a is not None and t.only is None for t in value.terms):
         return dense(value)
     return value
 
@@ -195,8 +199,7 @@ class _Rows:
         self.node = x if is_bound(x) else None
         self.sliced = x
         if is_bound(x):
-            first = [f.spread((0, *[d for d in f.dims if d != 0])) if 0 in f.dims else None for f in x.factors()]
-            self.sliced = (x.w, first)
+            self.sliced = (x.w, [_lead(f) if 0 in f.dims else None for f in x.factors()])
 
     def put(self, sliced: Any) -> Any:
         """The operand inside the body, from this iteration's slices."""
@@ -210,9 +213,18 @@ class _Rows:
             if row is None:
                 return structure.rename(f, {d: d - 1 for d in f.dims})
             dims = [d for d in f.dims if d != 0]
-            return structure.rename(Factor(row, tuple(dims)), {d: d - 1 for d in dims})
+            many = f.many and f.many._replace(axis=f.many.axis - (f.dims.index(0) < f.many.axis))
+            return structure.rename(Factor(row, tuple(dims), None, many, f.at), {d: d - 1 for d in dims})
 
         return self.node.map(w, change)
+
+
+def _lead(f: Factor) -> Any:
+    """The stored array with the weight's dimension 0 in front. Of many adapters all are in it still."""
+    array = f.stored if f.shape is None else jnp.reshape(f.stored, f.shape)
+    axis = f.dims.index(0)
+    axis += f.many is not None and axis >= f.many.axis
+    return lax.transpose(array, [axis, *[i for i in range(array.ndim) if i != axis]])
 
 
 def _plain(y: Any) -> Any:

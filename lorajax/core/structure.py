@@ -40,7 +40,7 @@ def drop(f: Factor, gone: Sequence[int]) -> Factor:
 
 
 def rename(f: Factor, names: dict[int, int]) -> Factor:
-    return Factor(f.stored, tuple(d if d == RANK else names[d] for d in f.dims), f.shape)
+    return Factor(f.stored, tuple(d if d == RANK else names[d] for d in f.dims), f.shape, f.many, f.at)
 
 
 def expand(eqn, node: Bound) -> Bound:
@@ -193,7 +193,7 @@ def reduce_sum(eqn, node: Bound) -> Bound:
     terms = []
     for t in map(Term.folded, node.terms):
         both = t.a and t.b and axes.intersection(t.a.dims).intersection(t.b.dims)
-        if t.gate is not None or t.key is not None or t.g is not None or both:
+        if t.gate is not None or t.key is not None or t.g is not None or t.only is not None or both:
             raise Decline("a sum over a dimension that both factors, a scale, a dropout or a router span")
         neither = [d for d in axes if t.a and t.b and d not in t.a.dims and d not in t.b.dims]
         repeats = int(np.prod([node.shape[d] for d in neither]))
