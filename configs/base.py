@@ -68,6 +68,11 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.compute_dtype = "auto"
     c.scan_layers = False
     c.remat = "none"
+    # Devices: how many each axis of the mesh has, -1 for the rest. No number of a run depends on it. shard: rules for
+    # weights before those of the model's family, in the order of their names: name -> {"paths": a regex, "axes": an
+    # axis for each of the last dimensions, such as "fsdp,tensor", "tensor+fsdp,-"}.
+    c.mesh = {"data": 1, "fsdp": 1, "tensor": 1, "trial": 1}
+    c.shard = {}
     # Optimizer: a row of lorajax.optim.NAMES with its settings. warmup: a fraction of the run. head_lr: 0 is lr.
     c.optimizer = {"name": "adamw"}
     c.lr = lr or usual * lr_times

@@ -1,7 +1,8 @@
 """Fine-tunes a pretrained encoder on a GLUE task or on `reviews`, with any variant.
 
     python -m experiments.glue --config configs/adalora.py[:task=rte,model=minilm,rank=8,smoke] [--config.lr=1e-3 ...]
-                               [--workdir=runs] [--no-resume]
+                               [--workdir=runs] [--no-resume] [--config.mesh.data=-1 ...]
+                               [--coordinator=host:port --processes=2 --process=0]
 
 The run's folder is <workdir>/<study>/<config and overrides>/seed=<n>; the same command again resumes it. Exit code 75:
 a signal came, the run is saved, the same command goes on. Exit code 1: the loss is not finite, or the command is wrong.
@@ -9,6 +10,7 @@ a signal came, the run is saved, the same command goes on. Exit code 1: the loss
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ from lorajax import build, config, control, data, start
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
 from lorajax.models import Bert, adapter_names
+from lorajax.shard import hosts
+from lorajax.shard.mesh import MeshError
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
 from lorajax.train.compiled import compile_cache
@@ -30,23 +34,26 @@ from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_
 from lorajax.train.step import init_state, make_eval, make_step
 
 # Keys that change no number: a run may be resumed with other values.
-FREE = ("log_every", "probe")
+FREE = ("log_every", "probe", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.trial")
 # Errors that say what to do: no traceback.
 EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, adapter.AdapterMismatch, FileNotFoundError,
-             ConnectionError)
+             ConnectionError, MeshError)
 
 
 def main(argv: list[str]) -> None:
     began = time.monotonic()
-    launch = config.parse(argv, workdir="runs", resume=True)
+    launch = config.parse(argv, workdir="runs", resume=True, **hosts.FLAGS)
     c = launch.config
     compile_cache()
+    hosts.start(**{name: launch.options[name] for name in hosts.FLAGS})
 
     # Everything below is a function of the config and of these three keys.
     head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
     found = build.load_data(c)
     model = build.load_model(c, found.task, head_key)
+    place = model.place
     batches = build.batches(c, build.tokens(c, found, model.folder))
+    share = place.share(c.batch, c.accumulate)  # of each batch, this process' rows
     total = build.total_steps(c, len(batches["train"]))
 
     # What is adapted: decided by rules on the traced model, shown before anything is computed.
@@ -54,26 +61,29 @@ def main(argv: list[str]) -> None:
     sites = lj.sites(model.net.apply, model.variables, *inputs(one))
     adapt = lj.adapt(sites, build.rules(c, model))
     folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
-    resumed = launch.options["resume"] and (folder / "start").exists()
+    resumed = hosts.agreed(launch.options["resume"] and (folder / "start").exists())
+    if place.mesh:
+        print(place.describe(sites.leaves))
     loss = make_loss(model.net, found.task, c)
     if c.ranks.budget and not resumed:
         adapt = start.by_importance(c, adapt, model, loss, batches["train"], adapter_key)
     adapt = build.after(c, adapt, model)
     if resumed:
-        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start")
+        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start", place)
     else:
         plain = make_loss(model.net, found.task, c, training=False)
-        adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens)
+        adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens, place)
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
     tx = build.optimizer(c, adapt, model, total)
     controller = build.controller(c, adapt, total)
-    step_fn = make_step(
-        loss, adapt, tx, controller, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call
-    )
+    begin = lambda key, trainable: init_state(key, trainable, tx, controller)  # noqa: E731
+    where = place.state(adapt, jax.eval_shape(begin, train_key, trainable))
+    step_fn = make_step(loss, adapt, tx, controller, clip=c.clip or None, accumulate=c.accumulate,
+                        steps_per_call=c.steps_per_call, shardings=(where, place.whole))
     forward = lj.lift(model.net.apply)
-    predict = make_eval(lambda bound, batch: forward(bound, *inputs(batch)), adapt)
+    predict = make_eval(lambda bound, batch: forward(bound, *inputs(batch)), adapt, place.whole)
 
     prints = {"base": model.fingerprint, "data": found.fingerprint}
     with (
@@ -89,15 +99,15 @@ def main(argv: list[str]) -> None:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
         if not resumed and (adapt.kept(frozen) or start.reads_data(c, adapt)):
-            adapter.save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
-        state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
+            save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
+        state = jax.jit(begin, out_shardings=where)(train_key, trainable)
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}  # by the task's headline metric
         if saved.latest() is not None:
             state, best = saved.restore(state)
         # ReLoRA merges into the weights as it goes: what has moved is part of the state, the base stays as it was.
         base, restart = frozen, controller.restart
         frozen = restart.rebase(base, state.control) if restart else base
-        anew = jax.jit(restart.restart if restart else lambda state: state, donate_argnums=0)
+        anew = jax.jit(restart.restart if restart else lambda state: state, donate_argnums=0, out_shardings=where)
         step = int(state.step)
         run.rewind(step)
 
@@ -106,9 +116,10 @@ def main(argv: list[str]) -> None:
         n, epoch = c.steps_per_call, len(batches["train"])
         eval_every, save_every = (build.every(p, epoch, n) for p in (c.eval_every, c.save_every))
         log_every = build.every(c.log_every, epoch, n)
-        made = calls(batches["train"], accumulate=c.accumulate, steps_per_call=n)
-        with Progress(total, done=step) as bar:
-            for begun, batch in ahead(lambda step: jax.device_put(made(step)), range(step, total, n)):
+        made = calls(batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n)
+        lead, rows = (n > 1) + (c.accumulate > 1), c.batch // c.accumulate
+        with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
+            for begun, batch in ahead(lambda step: place.batch(made(step), lead, rows), range(step, total, n)):
                 state, metrics = step_fn(state, frozen, batch)
                 step = begun + n
                 if not np.all(metrics["finite"]):
@@ -125,8 +136,8 @@ def main(argv: list[str]) -> None:
                     run.log_time(step, {"examples_per_second": bar.examples_per_second})
                 improved = False
                 if step % eval_every == 0 or step == total:
-                    scores = evaluate(predict, state.trainable, frozen, found, batches)
-                    views = further(predict, state, frozen, found, batches, controller)
+                    scores = evaluate(predict, state.trainable, frozen, found, batches, place)
+                    views = further(predict, state, frozen, found, batches, controller, place)
                     run.log(step, scores | flat(views) | controller.report(state.control), prefix="eval/")
                     bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
                     for name, row in views.items():
@@ -134,7 +145,7 @@ def main(argv: list[str]) -> None:
                     better = scores[found.task.headline] > best["scores"].get(found.task.headline, -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if improved or step % save_every == 0 or step == total or stop:
+                if improved or step % save_every == 0 or step == total or stop.now():
                     saved.save(step, state, best, best=improved)
                 if stop:
                     saved.wait()
@@ -144,8 +155,8 @@ def main(argv: list[str]) -> None:
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
         left, arrays, rest = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
-        adapter.save(folder / "adapter", left, arrays, rest, base=model.fingerprint,
-                     names=adapter_names(model.net.config), task_type="SEQ_CLS")
+        save(folder / "adapter", left, arrays, rest, base=model.fingerprint, names=adapter_names(model.net.config),
+             task_type="SEQ_CLS")
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         if c.probe:
@@ -155,6 +166,13 @@ def main(argv: list[str]) -> None:
         told = {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
         extra = controller.report(state.control)
         run.finish(summary(launch, found.task, best, total, baselines, trained, extra) | told)
+
+
+def save(folder: Path, adapt: Any, trainable: Any, frozen: Any, **how: Any) -> None:
+    # By process 0, of arrays that may be spread over all.
+    trainable, aux, shared = hosts.fetch((trainable, frozen.aux, frozen.shared))
+    if hosts.writes():
+        adapter.save(folder, adapt, trainable, frozen._replace(aux=aux, shared=shared), **how)
 
 
 def summary(launch: config.Launch, task: data.Task, best: Any, steps: int, baselines: Any, trained: int,
@@ -192,7 +210,7 @@ def make_loss(net: Bert, task: data.Task, c: Any, training: bool = True) -> Any:
     return loss
 
 
-def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batches: Any,
+def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batches: Any, place: Any,
              masks: Any = None) -> dict[str, float]:
     # The headline split's metrics go by their own names, those of a further split (MNLI) by "<split>_<metric>".
     scores: dict[str, float] = {}
@@ -200,18 +218,20 @@ def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batch
         if split == "train":
             continue
         passed = list(batches[split].epoch())
-        outputs = np.concatenate(jax.device_get([predict(trainable, frozen, batch, masks) for batch in passed]))
+        outputs = [predict(trainable, frozen, place.batch(batch), masks) for batch in passed]
+        outputs = np.concatenate(jax.device_get(outputs))
         label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
         prefix = "" if split == found.task.evaluation[0] else f"{split}_"
         scores |= {prefix + k: v for k, v in data.evaluate(found.task, outputs, label, weight).items()}
     return scores
 
 
-def further(predict: Any, state: Any, frozen: Any, found: build.Data, batches: Any,
-            controller: Any) -> dict[str, dict[str, float]]:
+def further(predict: Any, state: Any, frozen: Any, found: build.Data, batches: Any, controller: Any,
+            place: Any) -> dict[str, dict[str, float]]:
     # The other forms of the adapter that the method promises, DyLoRA's ranks for one: the same arrays under masks.
     views = controller.views(state.control)
-    return {name: evaluate(predict, state.trainable, frozen, found, batches, masks) for name, masks in views.items()}
+    return {name: evaluate(predict, state.trainable, frozen, found, batches, place, masks)
+            for name, masks in views.items()}
 
 
 def flat(views: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -224,12 +244,13 @@ def probe(model: build.Model, found: build.Data, batches: Any) -> dict[str, floa
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    embed = jax.jit(lambda variables, batch: model.net.apply(variables, *inputs(batch), method="embed"))
+    embed = jax.jit(lambda variables, batch: model.net.apply(variables, *inputs(batch), method="embed"),
+                    out_shardings=model.place.whole)
 
     def features(split: str, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         whole = data.Batches(batches[split].tokens, batch_size, shuffle=False, lengths=batches[split].lengths)
         passed = list(whole.epoch())
-        x = np.concatenate(jax.device_get([embed(model.variables, batch) for batch in passed]))
+        x = np.concatenate(jax.device_get([embed(model.variables, model.place.batch(batch)) for batch in passed]))
         real = np.concatenate([batch["weight"] for batch in passed]) > 0
         return x[real], np.concatenate([batch["label"] for batch in passed])[real]
 
@@ -253,7 +274,4 @@ def report(c: Any, task: data.Task, baselines: Any, best: Any, trained: int, sec
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except EXPLAINED as error:
-        raise SystemExit(f"error: {error}") from None
+    hosts.run(main, EXPLAINED)

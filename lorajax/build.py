@@ -30,6 +30,9 @@ from lorajax.core.rules import PRESETS, Rule
 from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
 from lorajax.models import Bert, BertConfig, params_from_hf
+from lorajax.shard.mesh import make_mesh
+from lorajax.shard.placement import Placement
+from lorajax.shard.rules import defaults as sharding_rules
 from lorajax.variants import INITIALIZERS, NAMES, o_lora
 from lorajax.variants.initializer import Initializer
 
@@ -48,13 +51,14 @@ class Data(NamedTuple):
 class Model(NamedTuple):
     """net, variables: the encoder with a head as a Linen module and its pretrained parameters.
     fresh: paths of the parameters that are new (the head). folder: where tokenizer and weights are.
-    fingerprint: of the pretrained parameters, whatever the head."""
+    fingerprint: of the pretrained parameters, whatever the head. place: where everything lies."""
 
     net: Bert
     variables: dict[str, Any]
     fresh: tuple[str, ...]
     folder: Path
     fingerprint: str
+    place: Placement
 
 
 def load_data(config: ConfigDict) -> Data:
@@ -94,22 +98,38 @@ def batches(config: ConfigDict, tokens: dict[str, data.Tokens]) -> dict[str, dat
     return {"train": data.Batches(tokens["train"], config.batch, seed=config.seed, lengths=lengths), **evaluation}
 
 
+def placement(config: ConfigDict, model_type: str) -> Placement:
+    """Where things lie on `config.mesh`: by the rules of `config.shard`, then those of the model's family."""
+    rows = [config.shard[name] for name in sorted(config.shard)]
+    own = tuple((row["paths"], tuple(_entry(word) for word in row["axes"].split(","))) for row in rows)
+    return Placement(make_mesh(dict(config.mesh)), own, sharding_rules(model_type))
+
+
+def _entry(word: str) -> Any:
+    """`fsdp`, `tensor+fsdp`, or `-` for none."""
+    names = tuple(name.strip() for name in word.split("+"))
+    return None if names in (("-",), ("",)) else names if len(names) > 1 else names[0]
+
+
 def load_model(config: ConfigDict, task: data.Task, key: jax.Array) -> Model:
-    """The pretrained encoder with a fresh head for `task`, drawn from `key`."""
+    """The pretrained encoder with a fresh head for `task`, drawn from `key`, on the mesh."""
     folder = assets.resolve(config.args.model).path
     checkpoint = hf.open_checkpoint(folder)
+    place = placement(config, str(checkpoint.config.get("model_type")))
     overrides: dict[str, Any] = {"num_labels": task.outputs, "pooling": config.pooling, "dtype": compute_dtype(config)}
     overrides |= {"head_dropout": config.head_dropout, "scan_layers": config.scan_layers, "remat": config.remat}
+    overrides |= {"rows": place.rows()}
     if config.dropout >= 0:  # negative: the checkpoint's own
         overrides |= {"hidden_dropout": config.dropout, "attention_dropout": config.dropout}
     settings = BertConfig.from_hf(checkpoint.config, **overrides)
     # A head that comes with the checkpoint answers another task; a pooler is used only where the pooling has one.
     unwanted = ["classifier"] if settings.has_pooler else ["classifier", "pooler"]
     ignore = [rf"{top}\..*" for top in unwanted if any(re.search(rf"(^|\.){top}\.", n) for n in checkpoint.tensors)]
-    loaded = params_from_hf(settings, checkpoint.tensors, key, ignore=ignore)
+    shardings = place.base if place.mesh else None
+    loaded = params_from_hf(settings, checkpoint.tensors, key, ignore=ignore, shardings=shardings)
     flat = traverse_util.flatten_dict(loaded.variables, sep="/")
     pretrained = {path: leaf for path, leaf in flat.items() if path not in loaded.fresh}
-    return Model(Bert(settings), loaded.variables, loaded.fresh, folder, fingerprint(pretrained))
+    return Model(Bert(settings), loaded.variables, loaded.fresh, folder, fingerprint(pretrained), place)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

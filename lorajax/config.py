@@ -193,12 +193,13 @@ def run_name(stem: str, default: Mapping[str, Any], built: Mapping[str, Any], fi
     Args:
       stem: the config file's name.
       default, built, final: the flat config without arguments; with them; with dotted flags too. What was set to the
-        value it already had leaves no trace; the order of flags does not matter. A name too long for a folder ends in
+        value it already had leaves no trace, nor do the sizes of the mesh, on which no number depends; the order of
+        flags does not matter. A name too long for a folder ends in
         a hash.
     """
     # The built config has every argument; one that `default` has not is new by itself.
     said = {k[5:]: v for k, v in built.items() if k.startswith("args.") and default.get(k, ...) != v}
-    said |= {k: v for k, v in final.items() if built.get(k, ...) != v and k != "seed"}
+    said |= {k: v for k, v in final.items() if built.get(k, ...) != v and k != "seed" and not k.startswith("mesh.")}
     name = ",".join([stem, *(f"{k}={_plain(v)}" for k, v in said.items())])
     name = re.sub(r"[^A-Za-z0-9_.,=+\-]+", "-", name)
     if len(name) > _NAME_LIMIT:

@@ -20,6 +20,7 @@ from lorajax.calibrate import calibrate
 from lorajax.core.adapt import Adapt
 from lorajax.core.adapt import adapt as make_adapt
 from lorajax.io import adapter
+from lorajax.shard.placement import LOCAL, Placement
 from lorajax.variants.eva import redistribute
 
 
@@ -40,9 +41,10 @@ def by_importance(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batch
 
 
 def make(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, key: jax.Array,
-         mask: Callable[[Any], jax.Array]) -> tuple[Adapt, dict[str, Any], Any]:
-    """(adapt, trainable, frozen) at step 0. A start that reads data gets the first `config.calibrate.batches`; `loss`
-    is then without dropout, and `mask` says which tokens count. Ranks may have moved (EVA)."""
+         mask: Callable[[Any], jax.Array], place: Placement = LOCAL) -> tuple[Adapt, dict[str, Any], Any]:
+    """(adapt, trainable, frozen) at step 0, where `place` has them. A start that reads data gets the first
+    `config.calibrate.batches`; `loss` is then without dropout, and `mask` says which tokens count. Ranks may have moved
+    (EVA)."""
     c, stats = config.calibrate, {}
     if _statistics(adapt):
         few = list(itertools.islice(batches.epoch(), c.batches))
@@ -50,17 +52,18 @@ def make(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, 
                           at_once=c.at_once or None)
         if c.redistribute:
             adapt, stats = redistribute(adapt, stats)
-    return adapt, *jax.jit(adapt.init)(key, model.variables, stats)
+    return adapt, *jax.jit(adapt.init, out_shardings=place.adapters(adapt))(key, model.variables, stats)
 
 
-def read(config: ConfigDict, adapt: Adapt, model: Any, folder: Path) -> tuple[Adapt, dict[str, Any], Any]:
+def read(config: ConfigDict, adapt: Adapt, model: Any, folder: Path,
+         place: Placement = LOCAL) -> tuple[Adapt, dict[str, Any], Any]:
     """The same, as it was saved: a resumed run neither reads the data again nor repeats a decomposition, which another
     machine may round differently. Ranks that importance or EVA moved are in the saved plan."""
     if reads_data(config, adapt):
         plan = adapter.plan(folder)
         chosen = {path: c._replace(choice=plan[path]) for path, c in adapt.chosen.items() if path in plan}
         adapt = dataclasses.replace(adapt, chosen=chosen)
-    return adapt, *adapter.load(folder, adapt, model.variables, base=model.fingerprint)
+    return adapt, *place.adopt(adapt, adapter.load(folder, adapt, model.variables, base=model.fingerprint))
 
 
 def reads_data(config: ConfigDict, adapt: Adapt) -> bool:

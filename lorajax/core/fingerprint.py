@@ -44,10 +44,11 @@ def fingerprint(tree: Any) -> str:
 def _sample(leaf: Any) -> bytes:
     """Little-endian bytes of the sampled elements."""
     size = math.prod(leaf.shape)
-    if size <= SAMPLES:
+    if size <= SAMPLES and getattr(leaf, "is_fully_addressable", True):
         elements = np.asarray(leaf).reshape(-1)
     else:
-        flat = [((k * _GOLDEN) % 2**64 * size) >> 64 for k in range(SAMPLES)]
+        few = size <= SAMPLES  # a part of it may be on another host: read it as a large one is
+        flat = list(range(size)) if few else [((k * _GOLDEN) % 2**64 * size) >> 64 for k in range(SAMPLES)]
         index = tuple(axis.astype(np.int32) for axis in np.unravel_index(flat, leaf.shape))
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding):  # also on an explicit-sharding mesh, and on several hosts

@@ -18,6 +18,7 @@ BERT's uncased WordPiece; qnli, mnli and qqp: samples of 11,803, 12,925 and 34,6
     16       2.0   5.5   3.0   3.7   5.1   4.0   5.1   4.3   7.5   4.5
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -99,7 +100,7 @@ class Batches:
         self.lengths = tuple(sorted(lengths)) if lengths else bucket_lengths(tokens.lengths, shapes, batch_size)
         self.steps = -(-len(tokens.lengths) // batch_size)
         self._buckets = np.searchsorted(self.lengths, tokens.lengths)
-        self._own = slice(
+        self._own: slice | np.ndarray = slice(
             batch_size // process_count * process_index, batch_size // process_count * (process_index + 1)
         )
         self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -107,6 +108,12 @@ class Batches:
     def __len__(self) -> int:
         """Steps per epoch."""
         return self.steps
+
+    def part(self, own: Sequence[int] | np.ndarray) -> "Batches":
+        """These batches with the rows at the positions `own` of each alone: a process' share of any pattern."""
+        mine = copy.copy(self)
+        mine._own = np.asarray(own)
+        return mine
 
     def padding(self) -> float:
         """Fraction of an epoch's token slots (empty rows included) without a token; the same in every epoch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,21 +70,57 @@ class Placement:
         front = [present("trial", self.sizes) if trial and i == 0 else None for i in range(lead)]
         return self._at(PartitionSpec(*front, present(BATCH, self.sizes)))
 
-    def check(self, rows: int, what: str) -> None:
-        """Raises MeshError where `rows` of a batch do not spread over the mesh."""
-        said = {axis: self.sizes.get(axis, 1) for axis in BATCH}
-        n = said["data"] * said["fsdp"]
+    def held(self, rows: int) -> np.ndarray:
+        """Which of the rows of a batch this process' devices hold, ascending. Raises MeshError where they do not spread
+        over the mesh."""
+        sharding = self.rows()
+        if sharding is None:
+            return np.arange(rows)
+        n = math.prod(self.sizes[axis] for axis in BATCH)
         if rows % n:
-            fits = max(1, round(rows / n)) * n
-            raise MeshError(f"{what}={rows} does not divide among data {said['data']} x fsdp {said['fsdp']}: the "
-                            f"nearest that does is {fits}")
+            said = " x ".join(f"{axis} {self.sizes[axis]}" for axis in BATCH)
+            raise MeshError(f"a batch of {rows} rows does not divide among {said}: the nearest that does is "
+                            f"{max(1, round(rows / n)) * n}")
+        places = sharding.addressable_devices_indices_map((rows,)).values()
+        return np.unique(np.concatenate([np.arange(rows)[index] for index in places]))
 
-    def batch(self, batch: Mapping[str, np.ndarray], lead: int = 0, trial: bool = False) -> Any:
-        """A batch on the devices; each process copies the rows that its own hold."""
+    def share(self, rows: int, accumulate: int = 1) -> np.ndarray:
+        """The same of a batch of `accumulate` micro-batches, each spread over the mesh."""
+        micro = rows // accumulate
+        return (np.arange(accumulate)[:, None] * micro + self.held(micro)).reshape(-1)
+
+    def batch(self, batch: Mapping[str, np.ndarray], lead: int = 0, rows: int | None = None,
+              trial: bool = False) -> Any:
+        """A batch on the devices. Its rows are dimension `lead`: all of them, or where `rows` says how many there are
+        this process' `held(rows)`. trial: dimension 0 is the runs of a pack."""
         sharding = self.rows(lead, trial)
         if sharding is None:
             return jax.device_put(batch)
-        return {name: put(x, sharding) for name, x in batch.items()}
+        return {name: self._put(np.asarray(x), sharding, lead, rows) for name, x in batch.items()}
+
+    def _put(self, x: np.ndarray, sharding: NamedSharding, lead: int, rows: int | None) -> jax.Array:
+        held = self.held(x.shape[lead] if rows is None else rows)
+
+        def part(index: Any) -> np.ndarray:
+            if rows is None:
+                return x[index]
+            start, stop, _ = index[lead].indices(rows)
+            first = int(np.searchsorted(held, start))
+            return x[(*index[:lead], slice(first, first + stop - start), *index[lead + 1:])]
+
+        shape = (*x.shape[:lead], x.shape[lead] if rows is None else rows, *x.shape[lead + 1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def adopt(self, adapt: Adapt, made: Any) -> Any:
+        """What `adapt.init` would have made, read from elsewhere, where it belongs; `made`: (trainable, frozen)."""
+        where = self.adapters(adapt)
+        if where is None:
+            return made
+        put = lambda x, at: x if at is None else jax.device_put(x, at)  # noqa: E731
+        (trainable, frozen), (to, rest) = made, where
+        return (jax.tree.map(put, trainable, to),
+                Frozen({path: put(x, rest.base[path]) for path, x in frozen.base.items()},
+                       jax.tree.map(put, frozen.aux, rest.aux), jax.tree.map(put, frozen.shared, rest.shared)))
 
     def describe(self, leaves: Mapping[str, Any]) -> str:
         """The table of where every base weight lies."""
@@ -97,7 +134,5 @@ class Placement:
         return jax.tree.map(self._at, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, as a global one."""
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+LOCAL = Placement()
+"""One device."""

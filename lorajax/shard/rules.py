@@ -51,6 +51,20 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
 """Family -> rules; those that a member has no weight for (no bias, a tied head) pass."""
 
 
+MEMBERS: Mapping[str, str] = {
+    **dict.fromkeys(("bert", "roberta", "deberta-v2"), "bert"),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma"), "llama"),
+    **dict.fromkeys(("t5", "mt5"), "t5"), **dict.fromkeys(("vit", "dinov2"), "vit"),
+    "gpt2": "gpt2", "whisper": "whisper",
+}  # fmt: skip
+"""`model_type` of Hugging Face -> family; others have no rules here, and their weights are replicated."""
+
+
+def defaults(model_type: str) -> tuple[Rule, ...]:
+    """The rules of a model's family."""
+    return FAMILIES[MEMBERS[model_type]] if model_type in MEMBERS else (REST,)
+
+
 def specs(leaves: Mapping[str, Any], sizes: Mapping[str, int], rules: Sequence[Rule] = (),
           defaults: Sequence[Rule] = (REST,)) -> dict[str, PartitionSpec]:
     """path -> PartitionSpec, an entry for each dimension.

@@ -83,7 +83,8 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
         values = []
         for name, x in arrays.items():
-            value = restored[name] if name in restored else jnp.zeros(x.shape, x.dtype)
+            empty = jnp.zeros(x.shape, x.dtype, device=getattr(x, "sharding", None)) if not x.size else None
+            value = restored[name] if empty is None else empty
             impl = record["keys"].get(name)
             values.append(value if impl is None else jax.random.wrap_key_data(value, impl=impl))
         return jax.tree.unflatten(jax.tree.structure(like), values), record["position"]

@@ -23,6 +23,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from lorajax.shard import hosts
+
 EXIT_INTERRUPTED = 75
 """Exit code of a run that saved and left on a signal (EX_TEMPFAIL: start it again and it goes on)."""
 
@@ -48,6 +50,7 @@ class Run:
     config: what JSON can hold. fingerprints: name -> digest of what the run reads (base, data).
     ignore: dotted config keys that do not change the numbers (where to write, how often to print); a difference there
       is allowed on resume, any other is a RunError that names the key.
+    Of several processes (`lorajax.shard.hosts`) process 0 locks and writes; the same calls in the others write nothing.
     fresh: forget what the folder holds of an earlier run instead of resuming it.
 
     resumed: whether the folder held this run already. changed: versions and devices that differ from those the run
@@ -65,11 +68,18 @@ class Run:
         tensorboard: bool = True,
     ):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
-        self._tensorboard = tensorboard
+        self._tensorboard = tensorboard and hosts.writes()
         self._events: SummaryWriter | None = None
         self._step = 0
+        self._metrics: Any = None
+        self._timing: Any = None
+        self._lock: Any = None
+        self.resumed, self.changed = False, list[str]()
+        if not hosts.writes():
+            hosts.wait("run folder")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
         try:
             if fresh:
                 self._forget()
@@ -77,7 +87,6 @@ class Run:
             asked = json.loads(json.dumps(asked, allow_nan=False))
             path = self.folder / "config.json"
             self.resumed = path.exists()
-            self.changed: list[str] = []
             if self.resumed:
                 began = json.loads(path.read_text())
                 self.changed = _compare(began, asked, {f"config.{key}" for key in ignore}, path)
@@ -88,11 +97,12 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
+        hosts.wait("run folder")
 
     @property
     def finished(self) -> bool:
-        """Whether `finish` was called, in this process or an earlier one."""
-        return (self.folder / "summary.json").exists()
+        """Whether `finish` was called, in this process or an earlier one; of several processes, all must ask."""
+        return bool(hosts.agreed((self.folder / "summary.json").exists()))
 
     @property
     def checkpoints(self) -> Path:
@@ -104,6 +114,9 @@ class Run:
 
         A torn last line goes too. Call it once after restoring, before the first `log`.
         """
+        self._step = step
+        if self._metrics is None:
+            return
         with (self.folder / "metrics.jsonl").open("r+b") as file:
             end = 0
             for line in file:
@@ -111,7 +124,6 @@ class Run:
                     break
                 end += len(line)
             file.truncate(end)
-        self._step = step
         if self._tensorboard:
             self._writer(purge=step + 1)
 
@@ -125,6 +137,8 @@ class Run:
             raise ValueError(f"metrics of step {step} after those of step {self._step}: rewind({step}) after a restore")
         self._step = step
         row = {prefix + name: _plain(value) for name, value in values.items()}
+        if self._metrics is None:
+            return
         self._metrics.write((json.dumps({"step": step, **row}, allow_nan=False) + "\n").encode())
         self._metrics.flush()
         self._scalars(step, row)
@@ -132,21 +146,24 @@ class Run:
     def log_time(self, step: int, values: Mapping[str, Any]) -> None:
         """As `log`, for seconds, examples per second and the like: to timing.jsonl, which no resume cuts."""
         row = {name: _plain(value) for name, value in values.items()}
+        if self._timing is None:
+            return
         self._timing.write(json.dumps({"step": step, **row}) + "\n")
         self._timing.flush()
         self._scalars(step, {f"time/{name}": value for name, value in row.items()})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, atomically. The last thing a run does."""
-        write_json(self.folder / "summary.json", summary)
+        if hosts.writes():
+            write_json(self.folder / "summary.json", summary)
 
     def close(self) -> None:
         """Closes the files and lets the next writer in."""
         if self._events is not None:
             self._events.close()
-        self._metrics.close()
-        self._timing.close()
-        self._lock.close()
+        for file in (self._metrics, self._timing, self._lock):
+            if file is not None:
+                file.close()
 
     def __enter__(self) -> Run:
         return self
@@ -178,6 +195,13 @@ class Stop:
 
     signal: str = ""
 
+    def now(self) -> bool:
+        """Whether to save and leave at this step. With several processes all ask at every step, and all leave at the
+        same one."""
+        if hosts.leaving():
+            self.signal = "a preemption notice"
+        return bool(self)
+
     def __bool__(self) -> bool:
         return bool(self.signal)
 
@@ -186,7 +210,8 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Inside, SIGTERM and SIGINT only set the flag: ``if stop: save and raise SystemExit(EXIT_INTERRUPTED)``.
 
-    A second SIGINT raises KeyboardInterrupt. For the main thread.
+    A second SIGINT raises KeyboardInterrupt. For the main thread. With several processes SIGTERM is JAX's preemption
+    notice to all of them, see `Stop.now`, and SIGINT is as ever.
     """
     stop = Stop()
 
@@ -195,7 +220,8 @@ def stop_on_signal() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = signal.Signals(number).name
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    ours = () if hosts.several() else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in ours}
     try:
         yield stop
     finally:

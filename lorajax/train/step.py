@@ -72,6 +72,7 @@ def make_step(
     clip: float | None = 1.0,
     accumulate: int = 1,
     steps_per_call: int = 1,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted ``(state, frozen, batch) -> (state, metrics)``; `state` is donated.
 
@@ -84,6 +85,7 @@ def make_step(
       The controller's masks are drawn once per optimizer step and the penalty is added once.
     steps_per_call: n > 1 scans n optimizer steps in one call: batch leaves get one more leading axis of n, outside
       that of `accumulate`, and so does every metric.
+    shardings: (of the state, of the metrics), on a mesh, so that they stay where they are; None as it comes.
 
     metrics: loss (without penalty), penalty, grad_norm (before clipping), weight (real examples), finite (bool) and the
     loss function's own scalars. A step whose loss, gradient norm or new values are not finite changes nothing: the
@@ -93,7 +95,7 @@ def make_step(
         raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
     one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate)
     run = one if steps_per_call == 1 else repeated(one, steps_per_call)
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, out_shardings=shardings)
 
 
 def make_update(
@@ -182,14 +184,14 @@ def make_gradients(
     return gradients
 
 
-def make_eval(predict: Callable[[Any, Any], Any], adapt: Any) -> Callable[..., Any]:
-    """A jitted ``(trainable, frozen, batch, masks=None) -> predict(bound, batch)``, without adapter dropout."""
+def make_eval(predict: Callable[[Any, Any], Any], adapt: Any, sharding: Any = None) -> Callable[..., Any]:
+    """A jitted ``(trainable, frozen, batch, masks=None) -> predict(bound, batch)``, without adapter dropout.
+    sharding: of the predictions, on a mesh."""
 
-    @jax.jit
     def evaluate(trainable: Any, frozen: Any, batch: Any, masks: Any = None) -> Any:
         return predict(adapt.bind(trainable, frozen, key=None, masks=masks), batch)
 
-    return evaluate
+    return jax.jit(evaluate, out_shardings=sharding)
 
 
 def _weighted_mean(micro: Callable[[Any, jax.Array], tuple[Any, jax.Array]], batch: Any, n: int) -> tuple[Any, Any]:
