@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorajax.io.patterns import match_ends, matches
 from lorajax.io.tensors import AdapterError, read_json
 
 CONFIG = "adapter_config.json"
@@ -103,21 +104,22 @@ class Config:
     def _layer(self, module: str) -> int | None:
         """The first number in a name that counts layers."""
         patterns = self.names("layers_pattern")
-        tried = [r".*?\.[^.]*\.(?P<idx>\d+)\."] if not patterns else [
-            rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
+        tried = [r".*?\.[^.]*\."] if not patterns else [
+            rf"(?:^|.*?\.){p}\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
         for regex in tried:
-            try:
-                if match := re.match(regex, module):
-                    return int(match["idx"])
-            except re.error as error:
-                raise AdapterError(f"{self.file}: layers_pattern={patterns!r} is no regular expression") from error
+            for end in sorted(self._safe(match_ends, regex, module)):
+                if number := re.match(r"\d+(?=\.)", module[end:]):
+                    return int(number.group())
         return None
 
     def _match(self, regex: str, module: str) -> bool:
+        return self._safe(matches, regex, module)
+
+    def _safe(self, ask: Callable[[str, str], Any], regex: str, module: str) -> Any:
         try:
-            return re.match(regex, module) is not None
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(f"{self.file}: {regex!r} is no regular expression: {error}") from error
+            return ask(regex, module)
+        except AdapterError as error:
+            raise AdapterError(f"{self.file}: {error}") from error
 
     def _finite(self, key: str, value: float) -> float:
         if value != value or abs(value) > 1e30:
