@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lorajax.models.frozen_head import frozen_head_log_probs, frozen_head_loss
@@ -28,6 +29,23 @@ def test_value_and_gradient_are_the_plain_ones(chunk: int) -> None:
     np.testing.assert_allclose(have, 3 * want, rtol=1e-6)
     np.testing.assert_allclose(found, 3 * towards, atol=1e-6)
     np.testing.assert_allclose(frozen_head_loss(*given, chunk=chunk), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_smoothed_labels(chunk: int) -> None:
+    """Against the cross entropy of optax's smoothed targets."""
+    hidden, kernel, labels, weights = arrays((2, 7), 8, 31)
+
+    def smooth(hidden: jax.Array) -> jax.Array:
+        target = optax.smooth_labels(jax.nn.one_hot(labels, 31), 0.1)
+        return (optax.softmax_cross_entropy(hidden @ kernel, target) * weights).sum() / weights.sum()
+
+    want, towards = jax.value_and_grad(smooth)(hidden)
+    mine = jax.jit(jax.value_and_grad(
+        lambda h: frozen_head_loss(h, kernel, labels, weights, chunk=chunk, smoothing=0.1)))  # fmt: skip
+    have, found = mine(hidden)
+    np.testing.assert_allclose(have, want, rtol=1e-6)
+    np.testing.assert_allclose(found, towards, atol=1e-6)
 
 
 def test_what_has_no_weight_needs_no_label() -> None:
