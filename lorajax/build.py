@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,18 @@ from lorajax.variants import INITIALIZERS, NAMES, o_lora
 from lorajax.variants.initializer import Initializer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class Pretrained(Protocol):
+    """What rules, optimizer and earlier adapters need of a model: its parameters, the paths of those that are new, and
+    the fingerprint of the others."""
+
+    @property
+    def variables(self) -> dict[str, Any]: ...
+    @property
+    def fresh(self) -> tuple[str, ...]: ...
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class Data(NamedTuple):
@@ -184,7 +196,7 @@ def _initializer(fields: dict[str, Any]) -> Initializer:
     return cls(**fields)
 
 
-def rules(config: ConfigDict, model: Model) -> list[Rule]:
+def rules(config: ConfigDict, model: Pretrained) -> list[Rule]:
     """The head is trained in full; `config.also` comes next; `targets` (a preset, 'all', or a regex on paths) get the
     variant."""
     tops = {"/".join(path.split("/")[:2]) for path in model.fresh}  # the fresh head: params/classifier
@@ -197,7 +209,7 @@ def rules(config: ConfigDict, model: Model) -> list[Rule]:
     return [*head, *also(config), (".*" if targets == "all" else targets, variant(config))]
 
 
-def after(config: ConfigDict, adapt: Adapt, model: Model) -> Adapt:
+def after(config: ConfigDict, adapt: Adapt, model: Pretrained) -> Adapt:
     """`adapt` with the adapters of `config.earlier.folders` under it (O-LoRA), `adapt` itself if there are none."""
     c, found = config.earlier, []
     for folder in filter(None, c.folders.split(os.pathsep)):
@@ -229,7 +241,7 @@ def schedule(config: ConfigDict, total: int) -> optax.Schedule:
     return optim.warmup_schedule(config.lr, total, config.warmup, config.schedule)
 
 
-def optimizer(config: ConfigDict, adapt: Adapt, model: Model, total: int) -> optax.GradientTransformation:
+def optimizer(config: ConfigDict, adapt: Adapt, model: Pretrained, total: int) -> optax.GradientTransformation:
     """`config.optimizer`, a row of `optim.NAMES`, with warm-up and decay; the head learns at `head_lr` (0: `lr`).
     Ranks that the controller masks do not move."""
     settings = config.optimizer.to_dict()
