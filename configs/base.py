@@ -1,9 +1,11 @@
-"""What every config of `experiments.glue` shares: data, model, optimizer and loop. A method's own file sets the rest.
+"""What the configs of an experiment share: data, model, optimizer and loop. A method's own file sets the rest.
 
-The arguments after the config's name are the same for all: `task`, `model`, `rank`, `targets` (a preset, `all`, or a
-regex on paths) and `smoke`, the form that takes seconds.
+The arguments after the name of a method's config are the same for all: `task`, `model`, `rank`, `targets` (a preset,
+`all`, or a regex on paths) and `smoke`, the form that takes seconds.
 """
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -109,4 +111,68 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.update(values)
     if args.smoke:
         c.update(examples=128, max_length=16, shapes=1, batch=16, eval_batch=64, epochs=1.0, log_every=1)
+    return c
+
+
+def method(name: str, **arguments: Any) -> ConfigDict:
+    """The config of a method's own file, for the recipe of another experiment. arguments: taken where it has them."""
+    files = {p.stem for p in Path(__file__).parent.glob("*.py")} - {"__init__", "base"}
+    config.choose("variant", name, dict.fromkeys(files))
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    found = get_config(None)
+    if found.study != "glue":
+        raise config.ConfigError(f"variant {name!r} is a recipe, not a method: name a method's file, such as lora")
+    given = [f"{key}={value}" for key, value in arguments.items() if value and key in found.args]
+    return get_config(",".join(given)) if given else found
+
+
+def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **values: Any) -> ConfigDict:
+    """A run of `experiments.lm`: a recipe, with the method that `variant` names (configs/<variant>.py).
+
+    lr: the recipe's rate for LoRA; another method's has its own ratio to it. rank, targets: the recipe's, for methods
+    that have LoRA's defaults; the others keep their own unless the command says otherwise. values: any other key.
+    """
+    args = config.arguments(arg, task=task, model="smollm2", variant="lora", rank=0, targets="", smoke=False)
+    usual = method(args.variant).args
+    if "rank" in usual:
+        usual.rank = rank if usual.rank == method("lora").args.rank else usual.rank
+        args.rank = args.rank or min(usual.rank, 4 if args.smoke else usual.rank)
+    args.targets = args.targets or (targets if usual.targets == "all-linear" else usual.targets)
+    c = method(args.variant, rank=args.rank, smoke=args.smoke)
+    for key in ("pooling", "head_dropout", "probe"):
+        del c[key]
+    if args.smoke and args.model == "smollm2":
+        args.model = "tiny"
+    c.args, c.study = args, "lm"
+    c.lr = float(f"{lr * c.lr / SMALL['reviews'][2]:.6g}")
+    if c.weight_decay == 0:  # the method's own recipe has none
+        values["weight_decay"] = 0.0
+    # Data. examples: of each split but the one that is generated for. max_length: tokens of a pair, which is cut
+    # behind them. packing: several pairs in a row of that length.
+    c.update(examples=0, max_length=512, shapes=4, batch=8, eval_batch=32, epochs=1.0, eval_every=0, log_every=10)
+    c.packing = False
+    # Model. dropout: of a GPT-2, -1 for the checkpoint's own. attention: how jax.nn.dot_product_attention does it, ''
+    # for JAX's choice, cudnn for the fused kernel.
+    c.dropout = 0.0
+    c.attention = ""
+    # Loss: sft, or dpo on constructed preferences, with the settings of lorajax.train.dpo.
+    c.loss = "sft"
+    c.dpo = {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}
+    # Generation, at the end, from the best state. generate: how many prompts, 0 for all, -1 for none. beams: 1 is
+    # greedy. baseline: also from the base, before training.
+    c.generate = 0
+    c.generate_batch = 32
+    c.max_new = 64
+    c.beams = 1
+    c.length_penalty = 1.0
+    c.no_repeat_ngram = 0
+    c.baseline = True
+    # What is forgotten: the loss on other text, before and after. text: a row of lorajax.language.TEXTS, or none.
+    c.unrelated = {"text": "reviews" if args.task == "dolly" else "dolly", "examples": 256, "max_length": 256}
+    c.update(warmup=0.06)
+    c.update(values)
+    if args.smoke:
+        c.update(data="made-up", max_length=128, shapes=1, batch=4, eval_batch=8, epochs=1.0, warmup=0.06, log_every=1)
+        c.update(generate=2, generate_batch=2, max_new=8)
+        c.unrelated.update(text="made-up")
     return c

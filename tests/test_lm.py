@@ -1,0 +1,302 @@
+"""The language-model experiment on a tiny model: losses by hand, runs end to end, one that is killed and goes on."""
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_glue import environment, own_cache  # noqa: F401
+
+import lorajax as lj
+from experiments import lm
+from experiments.objective import likelihood, make_dpo, make_sft, tokens
+from experiments.writing import make_writer, written
+from lorajax import build, config, language
+from lorajax.core.adapt import Adapt
+from lorajax.data import Batches, mismatched, pack
+from lorajax.io import adapter
+from lorajax.train.dpo import Policy
+
+ROOT = Path(__file__).parents[1]
+
+
+def words(workdir, recipe="e2e", arg="", *more):
+    return [f"--config=configs/{recipe}.py:smoke{arg}", f"--workdir={workdir}", "--config.study=tiny", *more]
+
+
+def folder(workdir):
+    (found,) = Path(workdir).glob("tiny/*/seed=*")
+    return found
+
+
+def summary(workdir):
+    return json.loads((folder(workdir) / "summary.json").read_text())
+
+
+@functools.cache
+def tiny():
+    """The model of smoke runs, its weights, and a jitted forward pass on rows of 128 tokens."""
+    model = language.load_model(config.parse(words(""), workdir="").config, jnp.float32)
+    return model, lj.sites(model.net.apply, model.variables, np.zeros((1, 4), np.int32)), jax.jit(model.net.apply)
+
+
+class World:
+    """The parts of a smoke run, before training."""
+
+    def __init__(self, arg="", recipe="e2e", *more):
+        self.c = config.parse(words("", recipe, arg, *more), workdir="").config
+        self.model, self.sites, self.forward = tiny()
+        self.found = language.load_data(self.c)
+        self.adapt = lj.adapt(self.sites, build.rules(self.c, self.model))
+
+    def rows(self, split="validation"):
+        return language.examples(self.c, self.model, self.found.task, self.found.splits[split])
+
+    def moved(self, adapt: Adapt):
+        """Adapters away from zero, and the tree they are bound in."""
+        trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), self.model.variables)
+        rng = np.random.default_rng(0)
+        trainable = jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(x.dtype), trainable)
+        return trainable, frozen, jax.jit(adapt.bind)(trainable, frozen)
+
+    def logits(self, params, ids):
+        """(len(ids), V) in float64."""
+        row = np.zeros((1, 128), np.int32)
+        row[0, : len(ids)] = ids
+        return np.asarray(self.forward(params, row)[0, : len(ids)], np.float64)
+
+
+def by_hand(world, params, pairs, smoothing=0.0):
+    """Mean loss of the completions' tokens, text by text, and how many there are."""
+    total, count = 0.0, 0
+    for prompt, text in pairs:
+        start, end = (world.model.tokenizer.encode(x).ids for x in (prompt, f" {text}{world.model.end}"))
+        ids = [*start, *end]
+        logits = world.logits(params, ids)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for at in range(len(start), len(ids)):
+            total -= (1 - smoothing) * logs[at - 1, ids[at]] + smoothing * logs[at - 1].mean()
+            count += 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_the_loss_is_of_the_completions_alone(variant) -> None:
+    """Against texts one by one: LoRA's in chunks under a frozen head, full fine-tuning's through a head that trains."""
+    world = World(f",variant={variant}")
+    trainable, frozen, bound = world.moved(world.adapt)
+    merged = jax.jit(world.adapt.merge)(trainable, frozen)
+    pairs = world.found.splits["validation"][:3]
+    rows = language.examples(world.c, world.model, world.found.task, pairs)
+    batch = Batches(rows, 4, shuffle=False, shapes=1).batch(0, 0)  # three texts of unlike lengths, and an empty row
+    assert (batch["weight"].sum(1) == 0).sum() == 1
+    for training, smoothing in ((False, 0.0), (True, 0.1)):
+        loss = make_sft(world.c, world.model, world.adapt, training=training)
+        value, _ = jax.jit(loss)(bound, batch, None)
+        want, count = by_hand(world, merged, pairs, smoothing)
+        assert batch["weight"].sum() == count
+        assert float(value) == pytest.approx(want, rel=2e-5)
+    np.testing.assert_array_equal(tokens(batch).sum(1), (batch["segments"] > 0).sum(1) * (batch["weight"].sum(1) > 0))
+
+
+def test_a_head_that_trains_gets_its_gradient() -> None:
+    """`full` differentiates through both sides of the tied table, the frozen head's loss through none of the logits."""
+    world = World(",variant=full")
+    batch = Batches(world.rows(), 2, shuffle=False, shapes=1).batch(0, 0)
+    loss = make_sft(world.c, world.model, world.adapt, training=False)
+
+    def plain(params):
+        logits = world.model.net.apply(params, batch["input_ids"])
+        each = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(batch["labels"])[..., None], -1)[..., 0]
+        return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
+
+    have = jax.jit(jax.grad(lambda params: loss(params, batch, None)[0]))(world.model.variables)
+    want = jax.jit(jax.grad(plain))(world.model.variables)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), have, want)
+
+
+def test_packed_rows_have_the_same_loss() -> None:
+    world = World()
+    rows = world.rows("train")
+    _, _, bound = world.moved(world.adapt)
+
+    def mean(c, rows):
+        loss = jax.jit(make_sft(c, world.model, world.adapt, training=False))
+        judge = lambda batch: (loss(bound, batch, None)[0], batch["weight"].sum())  # noqa: E731
+        return likelihood(judge, Batches(rows, 4, shuffle=False, shapes=1))["perplexity"]
+
+    packed = World("", "e2e", "--config.packing=true").c
+    assert len(pack(rows, 256).lengths) == len(rows.lengths) / 2
+    assert mean(packed, pack(rows, 256)) == pytest.approx(mean(world.c, rows), rel=1e-4)
+
+
+def test_dpo_compares_with_the_base_under_the_adapter() -> None:
+    """Against eq. 7 of the paper with log-probabilities of texts one by one."""
+    world = World("", "e2e", "--config.loss=dpo")
+    trainable, frozen, bound = world.moved(world.adapt)
+    merged = jax.jit(world.adapt.merge)(trainable, frozen)
+    pairs = world.found.splits["validation"]
+    batch = Batches(language.preferences(world.c, world.model, world.found.task, pairs), 8, shuffle=False,
+                    shapes=1).batch(0, 0)  # fmt: skip
+    loss, told = jax.jit(make_dpo(world.c, world.model, world.adapt))(Policy(bound, world.model.variables), batch, None)
+    margins = []
+    for prompt, *both in mismatched(pairs):
+        sums = []
+        for params in (merged, world.model.variables):
+            found = [by_hand(world, params, [(prompt, text)]) for text in both]
+            sums.append([-mean * count for mean, count in found])
+        margins.append((sums[0][0] - sums[1][0]) - (sums[0][1] - sums[1][1]))
+    want = np.mean(np.log1p(np.exp(-world.c.dpo.beta * np.asarray(margins))))
+    assert float(loss) == pytest.approx(want, rel=1e-4)
+    assert float(told["rewards/accuracies"]) == pytest.approx(np.mean(np.asarray(margins) > 0))
+
+
+def test_texts_are_those_of_the_model_without_cache() -> None:
+    """Greedy, prompts of unlike lengths: the likeliest token each time, by the whole model on the growing text."""
+    world = World("", "e2e", "--config.beams=1", "--config.generate=3", "--config.max_new=5")
+    prompts, references = language.prompts(world.c, world.model, world.found.task, world.found.splits["train"])
+    assert len(references) == 3 and len(set(prompts.lengths)) > 1
+    trainable, frozen, bound = world.moved(world.adapt)
+    merged = jax.jit(world.adapt.merge)(trainable, frozen)
+    texts = written(jax.jit(lambda batch: make_writer(world.c, world.model)(bound, batch)), world.c, world.model,
+                    prompts)  # fmt: skip
+    for i, text in enumerate(texts):
+        ids = prompts.ids[prompts.offsets[i] : prompts.offsets[i + 1]].tolist()
+        new: list[int] = []
+        while len(new) < 5 and world.model.end_id not in new:
+            new.append(int(np.argmax(world.logits(merged, [*ids, *new])[-1])))
+        assert text == world.model.tokenizer.decode([x for x in new if x != world.model.end_id]).strip()
+
+
+def test_a_run_leaves_scores_texts_and_what_it_has_forgotten(tmp_path, capsys) -> None:
+    argv = words(tmp_path, "e2e", "", "--config.lr=3e-2", "--config.beams=2", "--config.epochs=2",
+                 "--config.baseline=false")  # fmt: skip
+    lm.main(argv)
+    run, told = folder(tmp_path), summary(tmp_path)
+    assert set(told["scores"]) == {"log_likelihood", "perplexity", "bleu", "chrf", "rouge_l"}
+    assert set(told["baselines"]["base"]) == {"log_likelihood", "perplexity"} and told["headline"] == "bleu"
+    assert told["scores"]["perplexity"] < 0.8 * told["baselines"]["base"]["perplexity"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert told["scores"]["log_likelihood"] == max(row.get("eval/log_likelihood", -np.inf) for row in rows)
+    texts = json.loads((run / "texts.json").read_text())
+    world = World()
+    assert [row["references"] for row in texts] == [
+        [text for prompt, text in world.found.splits["test"] if prompt == row["prompt"]] for row in texts]
+
+    # What was forgotten, from the folder alone: the adapter read back, the base, and the texts one by one.
+    sites = world.sites
+    adapt = lj.adapt(sites, adapter.rules(run / "adapter"))
+    trainable, frozen = adapter.load(run / "adapter", adapt, world.model.variables, base=world.model.fingerprint)
+    other = language.unrelated(world.c, world.model)
+    batch = Batches(other, len(other.lengths), shuffle=False, shapes=1).batch(0, 0)
+    for when, params in (("before", world.model.variables), ("after", jax.jit(adapt.merge)(trainable, frozen))):
+        logs = [world.logits(params, row) for row in batch["input_ids"]]
+        logs = np.stack([x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs])
+        each = np.take_along_axis(logs, batch["labels"][..., None], -1)[..., 0]
+        want = -(each * batch["weight"]).sum() / batch["weight"].sum()
+        assert told["forgetting"][when] == pytest.approx(want, rel=1e-4)
+    assert told["forgetting"]["change"] == told["forgetting"]["after"] - told["forgetting"]["before"]
+
+    lm.main(argv)
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gsm8k_by_dpo_on_packed_conversations(tmp_path) -> None:
+    lm.main(words(tmp_path, "gsm8k", "", "--config.loss=dpo", "--config.lr=1e-2", "--config.packing=true",
+                  "--config.baseline=false", "--config.unrelated.text=none"))  # fmt: skip
+    told = summary(tmp_path)
+    assert {"exact_match", "last_number", "preference", "preference_accuracy"} <= told["scores"].keys()
+    assert told["headline"] == "exact_match" and told["forgetting"] == {}
+    prompt = json.loads((folder(tmp_path) / "texts.json").read_text())[0]["prompt"]
+    assert prompt.startswith("<|im_start|>user\nAnn has ") and prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    metrics = [json.loads(line) for line in (folder(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2), rel=1e-4)  # the policy begins as the reference
+    assert metrics[-2]["rewards/margins"] != 0
+
+
+QUICK = ("--config.generate=-1", "--config.unrelated.text=none", "--config.save_every=2")
+DIES = """
+# Runs experiments.lm and dies by SIGKILL behind its third step.
+import os, signal, sys
+from experiments import lm
+make = lm.make_step
+def make_step(*args, **kwargs):
+    step, seen = make(*args, **kwargs), []
+    def outer(*given):
+        result = step(*given)
+        seen.append(result)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return outer
+lm.make_step = make_step
+lm.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path) -> None:
+    lm.main(words(tmp_path / "whole", "e2e", "", *QUICK))
+    command = [sys.executable, "-c", DIES, *words(tmp_path / "cut", "e2e", "", *QUICK)]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment())
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder(tmp_path / "cut") / "summary.json").exists()
+    lm.main(words(tmp_path / "cut", "e2e", "", *QUICK))
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/lorajax_adapter.json"):
+        assert (folder(tmp_path / "whole") / name).read_bytes() == (folder(tmp_path / "cut") / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_ends_the_run(tmp_path) -> None:
+    with pytest.raises(SystemExit, match="step 2 is not finite"):
+        lm.main(words(tmp_path, "e2e", "", *QUICK, "--config.lr=1e30", "--config.warmup=0"))
+    assert not (folder(tmp_path) / "summary.json").exists()
+
+
+def test_every_method_is_a_variant_of_a_recipe() -> None:
+    """All of configs/ but biases, which a Llama has none of, and vectors longer than this model is wide."""
+    world = World()
+    names = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "base"}
+    skipped = {"bitfit", "vb_lora"}
+    counted = {}
+    for name in sorted(names - skipped):
+        try:
+            c = config.load(f"configs/e2e.py:smoke,variant={name}")
+        except config.ConfigError as error:
+            assert "is a recipe, not a method" in str(error)
+            continue
+        adapt = lj.adapt(world.sites, build.rules(c, world.model))
+        build.optimizer(c, adapt, world.model, 100)
+        build.controller(c, adapt, 100)
+        counted[name] = adapt.count()
+    assert {"e2e", "gsm8k"} == names - skipped - counted.keys() - {"vision"}
+    assert counted["full"] == sum(x.size for x in jax.tree.leaves(world.model.variables)) > counted["lora"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arg", "more", "said"),
+    [
+        ("e2e", ",variant=lorra", (), "unknown variant 'lorra': did you mean 'lora'"),
+        ("e2e", ",task=e2", (), "unknown task 'e2': did you mean 'e2e'"),
+        ("e2e", "", ("--config.unrelated.text=doly",), "unknown text 'doly': did you mean 'dolly'"),
+        ("e2e", "", ("--config.loss=dpi",), "unknown loss 'dpi': did you mean 'dpo'"),
+        ("e2e", ",variant=relora", ("--config.loss=dpo",), "merges: take another variant, or loss=sft"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, recipe, arg, more, said) -> None:
+    with pytest.raises(config.ConfigError) as error:
+        lm.main(words(tmp_path, recipe, arg, *more))
+    assert said in str(error.value)
+
+
+def test_a_conversation_needs_a_template() -> None:
+    world = World("", "gsm8k")
+    with pytest.raises(config.ConfigError, match="'gsm8k' is a conversation, and this model has no chat template"):
+        language.examples(world.c, world.model._replace(template=None), world.found.task, [("a", "b")])
