@@ -218,8 +218,8 @@ def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batch
         if split == "train":
             continue
         passed = list(batches[split].epoch())
-        outputs = [predict(trainable, frozen, place.batch(batch), masks) for batch in passed]
-        outputs = np.concatenate(jax.device_get(outputs))
+        predicted = [predict(trainable, frozen, place.batch(batch), masks) for batch in passed]
+        outputs = np.concatenate(jax.device_get(predicted))
         label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
         prefix = "" if split == found.task.evaluation[0] else f"{split}_"
         scores |= {prefix + k: v for k, v in data.evaluate(found.task, outputs, label, weight).items()}

@@ -1,0 +1,98 @@
+"""What moves between devices, read off the compiled program: counts of collectives by kind and size, no times.
+
+A pre-norm Llama of one layer, rank 4 on every linear layer, loss and gradient of the adapters and an Adam step. Eight
+devices; nothing is executed.
+"""
+
+import collections
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lorajax as lj
+from lorajax.core.sites import by_path
+from lorajax.models import Llama, LlamaConfig
+from lorajax.shard.mesh import make_mesh
+from lorajax.shard.placement import Placement
+from lorajax.shard.rules import FAMILIES
+from lorajax.train.step import init_state, make_step
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+B, T, D, F, V, R = 32, 16, 64, 256, 512, 4
+
+
+Collective = tuple[str, tuple[int, ...]]
+"""(kind, elements of every array that it yields)"""
+
+
+@functools.cache
+def program(**sizes: int) -> list[Collective]:
+    """The collectives of a training step."""
+    place = Placement(make_mesh(sizes), (), FAMILIES["llama"])
+    net = Llama(LlamaConfig(vocab_size=V, hidden_size=D, num_layers=1, num_heads=8, num_kv_heads=8, head_dim=D // 8,
+                            intermediate_size=F, rows=place.rows()))  # fmt: skip
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), ids)
+    adapt = lj.adapt(lj.sites(net.apply, shapes, ids), [("all-linear", lj.LoRA(rank=R))])
+    at = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    base, tx = place.base(by_path(shapes)[0]), optax.adam(1e-3)
+
+    def loss(bound: Any, batch: Any, key: jax.Array) -> Any:
+        logits = lj.lift(net.apply)(bound, batch["ids"])
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 0]), {}
+
+    state = jax.eval_shape(lambda k, t: init_state(k, t, tx), jax.random.key(0), adapt.shapes[0])
+    where = place.state(adapt, state)
+    step: Any = make_step(loss, adapt, tx, shardings=(where, place.whole))
+    frozen = lj.Frozen({path: at(x, base[path]) for path, x in adapt.shapes[1].base.items()}, {}, {})
+    batch = {"ids": jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=place.rows())}
+    text = step.lower(jax.tree.map(at, state, where), frozen, batch).compile().as_text()
+    found = []
+    for line in text.splitlines():
+        if match := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
+            arrays = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
+            found.append((match.group(2), tuple(math.prod(map(int, filter(None, a.split(",")))) for a in arrays)))
+    return found
+
+
+def arrays(found: list[Collective], kind: str) -> dict[int, int]:
+    """How many arrays of each size, numbers left out, all collectives of a kind yield together."""
+    return dict(collections.Counter(n for k, sizes in found if k == kind for n in sizes if n > 1))
+
+
+COLUMN, ROW = 5, 2  # query, key, value, gate, up; output, down
+
+
+def test_data_parallel_reduces_the_adapters_gradients_and_nothing_else() -> None:
+    found = program(data=8)
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    widths = [D] * 11 + [F] * 3  # A and B of seven weights by the width of their longer side
+    assert arrays(found, "all-reduce") == dict(collections.Counter(R * n for n in widths))
+
+
+def test_fsdp_gathers_each_base_weight_once_and_no_state() -> None:
+    found = program(fsdp=8)
+    weights = [D * D] * 4 + [D * F] * 3 + [D * V]  # the table is not gathered: its rows are looked up where they are
+    factors = [D * R] * 6 + [F * R]  # A lies along in
+    assert arrays(found, "all-gather") == dict(collections.Counter([*weights, *factors, B * T]))  # and the ids
+    assert arrays(found, "all-reduce") == arrays(program(data=8), "all-reduce")
+    assert max(n for kind, sizes in found if kind == "all-to-all" for n in sizes) <= B * T * D // 8
+
+
+def test_tensor_parallel_adds_r_numbers_a_token_to_the_bases_own_reductions() -> None:
+    found = program(tensor=8)
+    assert {kind for kind, _ in found} == {"all-reduce"}  # no weight, factor or activation is gathered
+    sums = arrays(found, "all-reduce")
+    # The base's: out of attention and feed-forward, into them backward, the lookup, and the head backward.
+    assert sums[B * T * D] == 6
+    # x A of a row-sharded weight forward, dy B of a column-sharded one backward; the softmax's own is B T.
+    assert sums[B * T * R] == COLUMN + ROW
+    assert sums.keys() == {B * T * D, B * T * R, B * T}
+    # Each of the former travels with the base's product.
+    together = [sizes for kind, sizes in found if {B * T * R, B * T * D} <= set(sizes)]
+    assert len(together) >= ROW

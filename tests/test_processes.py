@@ -1,0 +1,95 @@
+"""Several processes with real collectives on the CPU: equal numbers, a preemption notice, a process that dies."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import process
+import pytest
+
+from lorajax.shard import hosts
+from lorajax.shard.mesh import MeshError
+
+TESTS = Path(__file__).parent
+
+
+def start(count: int, *words: str, devices: int = 2, program: tuple[str, ...] = (str(TESTS / "process.py"),)) -> Any:
+    """(exit codes, outputs) of `count` processes with `devices` each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+                        "PYTHONPATH": str(TESTS.parent), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # fmt: skip
+    if count > 1:
+        env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    all_ = [subprocess.Popen([sys.executable, *program, *words], env=env | {"JAX_PROCESS_ID": str(i)}, text=True,
+                             cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for i in range(count)]  # fmt: skip
+    outs = [one.communicate(timeout=600)[0] for one in all_]
+    return [one.returncode for one in all_], outs
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def close(one: Path, other: Path) -> None:
+    for a, b in zip(rows(one), rows(other), strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+    kept = [json.loads((folder / "summary.json").read_text())["kept"] for folder in (one, other)]
+    assert kept[0] == kept[1]
+
+
+def test_two_processes_take_a_notice_and_one_process_goes_on(tmp_path: Path) -> None:
+    """The notice reaches process 1 alone; both save once, at one step; another mesh restores bit for bit (the program
+    compares digests), and the whole run is that of one device."""
+    process.train(tmp_path / "one", {})
+    codes, outs = start(2, str(tmp_path / "two"), '{"fsdp": 2, "tensor": 2}', "1:2:SIGTERM")
+    assert codes == [75, 75], outs
+    assert outs[0].count("saved at ") == 1
+    assert not (tmp_path / "two" / "summary.json").exists()
+    process.train(tmp_path / "two", {"data": 4, "tensor": 2})
+    close(tmp_path / "one", tmp_path / "two")
+
+
+def killed(folder: Path, count: int, mesh: str, victim: int) -> None:
+    whole = folder / "whole"
+    codes, outs = start(count, str(whole), mesh)
+    assert codes == [0] * count, outs
+    codes, outs = start(count, str(folder / "cut"), mesh, f"{victim}:6:SIGKILL")
+    for i, (code, out) in enumerate(zip(codes, outs, strict=True)):
+        assert code == (-9 if i == victim else code)
+        assert code != 0
+        assert i == victim or "start all of them again" in out or "another task died" in out, out
+    codes, outs = start(count, str(folder / "cut"), mesh)
+    assert codes == [0] * count, outs
+    assert "restored 4" in outs[0]
+    assert (folder / "cut" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (folder / "cut" / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+    process.train(folder / "one", {})
+    close(folder / "one", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh", "victim"), [(2, '{"data": -1}', 1), (2, '{"fsdp": -1}', 0),
+                                                       (4, '{"data": 2, "fsdp": 2, "tensor": 2}', 2)])  # fmt: skip
+def test_a_killed_process_stops_all_and_the_same_command_goes_on(tmp_path: Path, count: int, mesh: str,
+                                                                 victim: int) -> None:
+    killed(tmp_path, count, mesh, victim)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"coordinator": "localhost:1"}, "processes, process is missing: give --processes"),
+     ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "process=2 of processes=2: they count from 0 to 1"),
+     ({"process": 1}, "coordinator, processes is missing")],
+)  # fmt: skip
+def test_what_is_missing_is_named(given: Any, words: str) -> None:
+    with pytest.raises(MeshError, match=words):
+        hosts.start(**given)
+    hosts.start(processes=1)
