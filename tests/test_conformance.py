@@ -21,8 +21,15 @@ from lorajax.core.variant import Variant
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import INITIALIZERS, NAMES, LoRA
 
-every_row = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
-every_model = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.in_model])
+
+
+def rows(take: Callable[[Row], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if take(row)])
+
+
+every_row = rows(lambda row: True)
+every_merging_row = rows(lambda row: row.merges)
+every_model = rows(lambda row: row.in_model)
 LAYERS = 3
 
 
@@ -106,13 +113,9 @@ def test_start(row: Row) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, adapter, other)) != row.drawn
 
 
-@every_row
+@every_merging_row
 def test_factors_and_delta_agree(row: Row) -> None:
     adapter = perturbed(started(row, jax.random.key(0), weight())[0], noise(1))
-    if not row.merges:
-        with pytest.raises(ValueError, match="merge"):
-            row.variant.delta(adapter, weight())
-        return
     delta = row.variant.delta(adapter, weight())
     assert delta.shape == (12, 8)
     assert np.abs(delta).max() > 0.01
@@ -135,10 +138,8 @@ def test_penalty(row: Row) -> None:
         assert type(row.variant.inner).penalty is Variant.penalty
 
 
-@every_row
+@every_merging_row
 def test_gradient_is_finite_at_the_start(row: Row) -> None:
-    if not row.merges:
-        return
     adapter, w = started(row, jax.random.key(0), weight())
     fixed = {name: x for name, x in adapter._asdict().items() if not row.variant.leaves[name].trainable}
 
@@ -200,7 +201,16 @@ def model(row: Row, scan: bool = False, dtype: Any = jnp.float32) -> tuple[Any, 
     return apply, adapt, loud, lj.Frozen(base, aux, shared), params, x
 
 
-@every_model
+@rows(lambda row: not row.merges)
+def test_routed_weights_refuse_to_merge(row: Row) -> None:
+    with pytest.raises(ValueError, match="merge"):
+        row.variant.delta(perturbed(started(row, jax.random.key(0), weight())[0], noise(1)), weight())
+    _, adapt, trainable, frozen, *_ = model(row)
+    with pytest.raises(ValueError, match="merge"):
+        adapt.merge(trainable, frozen)
+
+
+@rows(lambda row: row.in_model and row.merges)
 @pytest.mark.parametrize("scan", [False, True])
 def test_lifted_equals_merged(row: Row, scan: bool) -> None:
     apply, adapt, trainable, frozen, params, x = model(row, scan)
@@ -209,10 +219,6 @@ def test_lifted_equals_merged(row: Row, scan: bool) -> None:
     def lifted(tr: Any) -> jax.Array:
         return lj.lift(apply, strict=row.variant.factored)(adapt.bind(tr, frozen), x)
 
-    if not row.merges:
-        with pytest.raises(ValueError, match="merge"):
-            adapt.merge(trainable, frozen)
-        return
     merged = jax.jit(lambda tr: apply(adapt.merge(tr, frozen), x))
     np.testing.assert_allclose(lifted(trainable), merged(trainable), rtol=1e-5, atol=1e-5)
     assert np.abs(lifted(trainable) - apply(params, x)).max() > 0.01
