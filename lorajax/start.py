@@ -52,7 +52,11 @@ def make(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, 
                           at_once=c.at_once or None)
         if c.redistribute:
             adapt, stats = redistribute(adapt, stats)
-    return adapt, *jax.jit(adapt.init, out_shardings=place.adapters(adapt))(key, model.variables, stats)
+    trainable, frozen = jax.jit(adapt.init, out_shardings=place.adapters(adapt))(key, model.variables, stats)
+    if any(getattr(choice, "rewrites_weight", False) for choice in adapt.plan.values()):
+        # The program that `read` runs, so that a resumed run has the same bits.
+        return adapt, *place.adopt(adapt, (trainable, adapt.frozen(model.variables, adapt.kept(frozen))))
+    return adapt, trainable, frozen
 
 
 def read(config: ConfigDict, adapt: Adapt, model: Any, folder: Path,

@@ -6,11 +6,12 @@ Warnings are errors (`filterwarnings` in pyproject.toml). The settings must be m
 import importlib.metadata
 import os
 
-flags = "--xla_force_host_platform_device_count=8"
-flags += " --xla_backend_optimization_level=0"  # most programs here run once: compiling is what costs
-if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
-    flags += " --xla_cpu_use_fusion_emitters=false"  # half again; later versions have no such option
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",  # most programs here run once: compiling is what costs
+    # Half again; later versions have no such option.
+    *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jax").startswith("0.10.") else []),
+])  # fmt: skip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `JAX_PLATFORMS=cuda pytest -m gpu` runs the GPU tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -22,7 +22,6 @@ from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import INITIALIZERS, NAMES, LoRA
 
 
-
 def rows(take: Callable[[Row], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if take(row)])
 
