@@ -14,6 +14,7 @@ import lorajax as lj
 from lorajax.compose import plain
 from lorajax.io import peft
 from lorajax.io.hf import open_checkpoint
+from lorajax.io.tensors import AdapterError
 from lorajax.models import adapter_names, model_from_hf, params_from_hf
 from lorajax.variants import IA3, AdaLoRA, DeLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiCA, MiSS, VeRA
 
@@ -69,6 +70,8 @@ CASES: dict[str, Any] = {
     "miss-bat": [(r".*/(query|up)/kernel", MiSS(4, mode="bat"))],
     "miss-mini": [(r".*/(query|up)/kernel", MiSS(4, mode="mini", mini_rank=2))],
     "ia3": [(r".*/down/kernel", IA3("in"))],
+    "ia3 with biases": [(r".*/(key|value)/kernel", IA3()), (r".*/down/kernel", IA3("in")),
+                        (r".*layer_0/attention/value/bias", lj.Full()), HEAD],
     "gralora": [(r".*/(query|up)/kernel", GraLoRA(4, 8.0, hybrid_rank=2))],
     "delora": [(r".*/(query|up)/kernel", DeLoRA(2))],
     "vera": [(r".*/(query|down)/kernel", VeRA(4)), HEAD],
@@ -124,7 +127,6 @@ def test_what_peft_has_no_form_for_says_so(base: Any, tmp_path: Path) -> None:
     for rules, words in (
         ([(r".*/query/kernel", LoRA(2)), (r".*/value/kernel", LoHa(2))], "holds one method, .*'LOHA', 'LORA'"),
         ([(QV, DoRA(LoHa(2)))], "a DoRA of LoHa, which PEFT does not have: write it as a plain LoRA"),
-        ([(r".*/query/kernel", IA3())], "scales the bias of .*query too"),
         ([(r".*/query/kernel", MiSS(2)), (r".*/value/kernel", MiSS(4))], "one r for all modules.*has .2, 4."),
         ([(r".*/query/kernel", LoRA(2)), (r".*/value/kernel", LoRA(2, rslora=True))], "differ in .'use_rslora'."),
         ([(QV, LoRA(2)), (r".*layer_0/attention/query/bias", lj.Full())], "not these 1"),
@@ -133,3 +135,43 @@ def test_what_peft_has_no_form_for_says_so(base: Any, tmp_path: Path) -> None:
         with pytest.raises(peft.AdapterError, match=words):
             peft.write(tmp_path / "a", adapt, trainable, frozen, names)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_ia3_of_a_layer_with_a_bias(base: Any, tmp_path: Path, scan: bool) -> None:
+    """PEFT's own file, in which the bias is scaled with the output: the same logits here, and from our file again."""
+    import peft as torch_peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base[0], attn_implementation="eager")
+    config = torch_peft.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])
+    model = torch_peft.get_peft_model(model, config).eval()
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.normal_(weight, 1.0, 0.5)
+    model.save_pretrained(tmp_path / "theirs")
+    want = torch_models.run(model, input_ids=IDS, attention_mask=np.ones_like(IDS))
+    ours_model, params, sites = base[1][scan]
+    names = adapter_names(ours_model.config)
+    found = peft.read(tmp_path / "theirs", sites, names)
+    adapt = lj.adapt(sites, found.rules)
+    trainable, frozen = peft.fill(found, *adapt.init(jax.random.key(0), params))
+    logits = lj.lift(ours_model.apply)(adapt.bind(trainable, frozen), IDS, jnp.ones_like(IDS))
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=2e-5)
+    peft.write(tmp_path / "ours", adapt, trainable, frozen, names)
+    np.testing.assert_allclose(theirs(base[0], tmp_path / "ours"), want, rtol=1e-4, atol=2e-5)
+    again = peft.read(tmp_path / "ours", sites, names)
+    back, _ = peft.fill(again, *lj.adapt(sites, again.rules).init(jax.random.key(0), params))
+    assert back.keys() == trainable.keys()
+    for path, adapter in trainable.items():
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), back[path], adapter)
+
+
+def test_ia3_with_a_scale_of_nothing(base: Any, tmp_path: Path) -> None:
+    adapt, trainable, frozen, *_ = ours(base, [(r".*/key/kernel", IA3())])
+    (path, *_) = trainable
+    trainable[path] = trainable[path]._replace(l_out=trainable[path].l_out.at[3].set(0.0))
+    with pytest.raises(AdapterError, match="one of its scales is 0, which no bias survives: write it as a plain LoRA"):
+        peft.write(tmp_path / "a", adapt, trainable, frozen, adapter_names(base[1][False][0].config))

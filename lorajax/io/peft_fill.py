@@ -34,6 +34,10 @@ def fill(found: Read, trainable: Mapping[str, Any], frozen: Frozen) -> tuple[dic
         if path not in trainable or trainable[path].w.shape != x.shape:
             raise AdapterError(f"{path} is in the file, but no rule trains it: use the rules that were read")
         trainable[path] = trainable[path]._replace(w=trainable[path].w + jax.numpy.asarray(x, trainable[path].w.dtype))
+    for path, x in found.scaled.items():
+        if path not in trainable or trainable[path].w.shape != x.shape:
+            raise AdapterError(f"{path} is scaled by the file, but no rule trains it: use the rules that were read")
+        trainable[path] = trainable[path]._replace(w=trainable[path].w * jax.numpy.asarray(x, trainable[path].w.dtype))
     for path, w in found.base.items():
         if path in frozen.base and not np.array_equal(np.asarray(frozen.base[path]), w):
             raise AdapterError(f"the file repeats the base's {path}, and this base has another one: load the base that "

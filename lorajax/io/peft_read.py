@@ -35,7 +35,9 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 class Read(NamedTuple):
     """rules: for `lorajax.adapt`. arrays: path -> leaf -> array in our layout, `Full`'s leaf is `w`. shared: leaf ->
     array that all sites share. base: path -> a weight of the base that the file repeats. added: path -> what is added
-    to a bias of the base, which then trains in full (`lora_bias`: s times the file's). config: adapter_config.json.
+    to a bias of the base, which then trains in full (`lora_bias`: s times the file's). scaled: path -> what a bias is
+    multiplied by, which then trains in full (PEFT's IA3 scales a layer's output with its bias, ours its weight).
+    config: adapter_config.json.
     """
 
     rules: list[Rule]
@@ -44,6 +46,7 @@ class Read(NamedTuple):
     base: dict[str, np.ndarray]
     added: dict[str, np.ndarray]
     config: dict[str, Any]
+    scaled: dict[str, np.ndarray] = {}  # noqa: RUF012  (a field's default, never written to)
 
 
 def read(folder: str | os.PathLike[str], sites: Sites, names: Names | Sequence[Names]) -> Read:
@@ -75,11 +78,13 @@ def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names
                            f"for: {', '.join(absent[:4])}. Download or write it again")
     choices, arrays = _adapters(config, method, held, tensors, sites, directory)
     fulls, base, added, shared = wholes(rest, tensors, sites, directory, METHODS[config.kind], choices)
+    scaled = _scaled(held, arrays, sites, directory) if config.kind == "IA3" else {}
     rules: list[Rule] = [(_either(paths), choice) for choice, paths in _grouped(choices)]
-    rules += [(_either(fulls | added), Full())] if fulls or added else []
+    rules += [(_either(fulls | added | scaled), Full())] if fulls or added or scaled else []
     if not rules:
         raise AdapterError(f"{config.file}: the file holds no adapter")
-    return Read(rules, arrays | {path: {"w": w} for path, w in fulls.items()}, shared, base, added, config.settings)
+    return Read(rules, arrays | {path: {"w": w} for path, w in fulls.items()}, shared, base, added, config.settings,
+                scaled)
 
 
 def _method(config: Config) -> Method:
@@ -180,6 +185,18 @@ def _adapters(config: Config, method: Method, held: Mapping[str, Mapping[str, st
         if extra:
             raise AdapterError(f"tensor {extra[0]!r} does not belong to a {type(variant).__name__} with these settings")
     return choices, arrays
+
+
+def _scaled(held: Mapping[str, Any], arrays: Mapping[str, Mapping[str, np.ndarray]], sites: Sites,
+            directory: Directory) -> dict[str, np.ndarray]:
+    """Path of a bias -> IA3's scales of the output that it is added to, in the bias' shape."""
+    found = {}
+    for module in held:
+        place, bias = directory.modules[module], directory.tensors.get(f"{module}.bias")
+        scales = arrays[place.path].get("l_out")
+        if scales is not None and bias is not None:
+            found[bias.path] = scales.reshape(sites.leaves[bias.path].shape)
+    return found
 
 
 def _placed(form: Form, y: np.ndarray, shape: tuple[int, ...], key: str) -> np.ndarray:

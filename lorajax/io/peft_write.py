@@ -78,11 +78,12 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
     tensors: dict[str, np.ndarray] = {}
     exact: dict[tuple[str, str], list[str]] = {}
     rows: dict[str, tuple[str, Variant]] = {}
+    unscaled: dict[str, np.ndarray] = {}
     for path, (variant, adapter, changed) in adapters.items():
         modules, site = directory.modules_of(path), adapt.sites[path]
         rows |= {module: (path, variant) for module in modules}
         if isinstance(variant, IA3) and variant.side == "out" and f"{modules[0]}.bias" in directory.tensors:
-            raise AdapterError(f"PEFT's IA3 scales the bias of {modules[0]} too, and lorajax's does not: {PLAIN}")
+            unscaled |= _unscaled(modules, adapter.l_out, trainable, frozen, directory)
         for leaf, row in variant.leaves.items():
             x = getattr(adapter, leaf)
             if x is None or not row.peft or row.shared:
@@ -102,7 +103,9 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             exact[slot, leaf] = [f"base_model.{adapt.slots[slot].variant.leaves[leaf].peft}"]
             tensors[exact[slot, leaf][0]] = np.asarray(x).T
     settings = _settings(kind, method, {module: variant for module, (_, variant) in rows.items()}, directory)
-    settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact)
+    tensors |= {f"{PREFIX}{module}.base_layer.bias": x for module, x in unscaled.items()}
+    done = {f"{module}.bias" for module in unscaled}
+    settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact, done)
     settings |= {"base_model_name_or_path": base, "task_type": task_type}
     starts = {redone(variant) for variant, _, _ in adapters.values()}
     if starts != {None}:
@@ -110,6 +113,18 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             raise AdapterError(f"PEFT has one start for all modules, this adapter has {starts}: leave convert=True")
         settings["init_lora_weights"] = starts.pop()
     return Content(settings, tensors, exact)
+
+
+def _unscaled(modules: list[str], scales: Any, trainable: Mapping[str, Any], frozen: Frozen,
+              directory: Directory) -> dict[str, np.ndarray]:
+    """Module -> its bias divided by IA3's scales: PEFT multiplies the whole output by them, lorajax the weight."""
+    path = directory.tensors[f"{modules[0]}.bias"].path
+    bias = np.asarray(trainable[path].w if path in trainable else frozen.base[path], np.float32)
+    by = np.asarray(scales, np.float32).reshape(bias.shape)
+    if not by.all():
+        raise AdapterError(f"PEFT's IA3 scales the bias of {modules[0]} too, and one of its scales is 0, which no bias "
+                           f"survives: {PLAIN}")
+    return dict(zip(modules, (bias / by).reshape(len(modules), -1), strict=True))
 
 
 def _one_method(plan: Mapping[str, Variant]) -> tuple[str, Method]:
@@ -175,9 +190,12 @@ def _exactly(modules: Mapping[str, Any], directory: Directory) -> list[str] | st
 
 
 def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, directory: Directory, targets: set[str],
-            method: Method, tensors: dict[str, np.ndarray], exact: dict[tuple[str, str], list[str]]) -> dict[str, Any]:
-    """Weights that are trained whole: as `modules_to_save`, or by a bias mode. Adds their tensors."""
-    fulls = [path for path, choice in adapt.plan.items() if isinstance(choice, Full)]
+            method: Method, tensors: dict[str, np.ndarray], exact: dict[tuple[str, str], list[str]],
+            done: set[str]) -> dict[str, Any]:
+    """Weights that are trained whole: as `modules_to_save`, or by a bias mode. Adds their tensors, but for those that
+    are `done`."""
+    fulls = [path for path, choice in adapt.plan.items() if isinstance(choice, Full)
+             and not done.issuperset(directory.written(path))]
     names = {name: path for path in fulls for name in directory.written(path)}
     known = {name for row in directory.first.values() for name in row.names}
     biases = {name for name in names if name.endswith(".bias")}

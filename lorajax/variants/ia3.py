@@ -25,8 +25,8 @@ class IA3(Variant):
     """``W' = W diag(l)`` on keys and values, ``W' = diag(l) W`` on the product that reads the feed-forward's inside.
 
     Paper: arXiv 2205.05638, section 3.3: l_k * K, l_v * V and l_ff * gelu(x W1), l = 1 at the start. A bias is not
-    scaled: the models of the paper have none. PEFT scales the output of its layer, bias included, so keys and values
-    with biases differ (BERT).
+    scaled: the models of the paper have none. PEFT scales the output of its layer, bias included, so its files are
+    read with a bias that is scaled and trains, and written with one that is divided by l (`lorajax.io.peft`).
 
     side: ``out`` scales the outputs (keys, values), ``in`` the inputs (the second product of a feed-forward block).
     `rules` gives each role its side.
