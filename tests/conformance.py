@@ -26,6 +26,7 @@ from lorajax.variants import (
     LoRAXS,
     MiCA,
     MiSS,
+    MoLoRA,
     RandLoRA,
     ShareLoRA,
     SHiRA,
@@ -141,6 +142,10 @@ ROWS: dict[str, Row] = {
     "share-lora-ab": Row("share_lora", "2406.10785", ShareLoRA(rank=4, share="ab"), LORA, in_model=False),
     "hydralora": Row("hydralora", "2404.19245", HydraLoRA(rank=4, heads=3, alpha=4.0),
                      {"A": (12, 4), "B": (3, 4, 8), "G": (12, 3)}, merges=False),
+    "molora": Row("molora", "2309.05444", MoLoRA(rank=4, experts=3),
+                  {"A": (3, 12, 4), "B": (3, 4, 8), "G": (12, 3)}, merges=False),
+    "molora-top-k": Row("molora", "2309.05444", MoLoRA(rank=2, experts=4, router="arrow", top_k=2, temperature=0.5),
+                        {"A": (4, 12, 2), "B": (4, 2, 8), "G": (12, 4)}, merges=False, in_model=False),
     "dora-vera": Row("dora", "2402.09353", DoRA(VeRA(rank=4, d_initial=0.5)), VERA | NORMS, drawn=False,
                      in_model=False),
 }

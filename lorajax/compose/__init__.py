@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from lorajax.compose.arrow import arrow
 from lorajax.compose.composed import Composed, blended, compose
 from lorajax.compose.compressed import Compressed, separate, storage, together
 from lorajax.compose.dare import DARE
@@ -44,6 +45,6 @@ NAMES: Mapping[str, Callable[..., Method]] = MappingProxyType({
 
 __all__ = ["DARE", "FORMS", "NAMES", "TIES", "Adapter", "Composed", "Compressed", "Hierarchy", "Interference", "KnOTS",
            "Learned", "LoraHub", "MagnitudePrune", "Merged", "Method", "Orthogonal", "PEFTForm", "Pair", "Part",
-           "Plain", "Sum", "TaskArithmetic", "TaskArrays", "Trained", "as_lora", "blended", "compose", "compress",
-           "hierarchy", "interference", "interpolate", "learn", "matching", "merge", "of_task", "separate", "share_a",
-           "start_shared", "storage", "taught", "together", "unmerge"]
+           "Plain", "Sum", "TaskArithmetic", "TaskArrays", "Trained", "arrow", "as_lora", "blended", "compose",
+           "compress", "hierarchy", "interference", "interpolate", "learn", "matching", "merge", "of_task", "separate",
+           "share_a", "start_shared", "storage", "taught", "together", "unmerge"]

@@ -292,7 +292,7 @@ def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None, share
     of_each = (adapter, None if w is None else matrix(site, w).astype(jnp.float32))
     factors = over_stack(site, one)(*of_each) if jax.tree.leaves(of_each) else one(*of_each)  # all of it may be shared
     term = aligned(site, factors._replace(**same))
-    return term._replace(gate=Gate(type(variant).gate)) if variant.routed else term
+    return term._replace(gate=Gate(variant.gate)) if variant.routed else term
 
 
 _shared_term = jax.jit(_term, static_argnums=(0, 1))

@@ -210,7 +210,8 @@ def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled,
     if term.e is not None:
         hidden = times(hidden, term.e)
     if term.router is not None and term.gate is not None:
-        hidden = gated(term.router, term.gate.function, hidden, undropped, contracted, {*out, RANK}, mesh, spec, how)
+        hidden = gated(term, term.router, term.gate.function, hidden, undropped, contracted, {*out, RANK}, mesh, spec,
+                       how)
     if mesh is not None:
         spec = dict(zip(out, compat.place(y), strict=True))
     pair = (second, hidden) if node_left else (hidden, second)
@@ -226,9 +227,10 @@ def times(x: Labelled, f: Factor) -> Labelled:
     return Labelled(scaled.array, scaled.dims)
 
 
-def gated(router: Factor, gate: Any, hidden: Labelled, x: Labelled, contracted: set[int], keep: set[int], mesh: Any,
-          spec: dict[int, Any], how: dict[str, Any]) -> Labelled:
-    """The variant's gate of x times the router, and hidden; the router is a softmax's input, so float32."""
+def gated(term: Term, router: Factor, gate: Any, hidden: Labelled, x: Labelled, contracted: set[int], keep: set[int],
+          mesh: Any, spec: dict[int, Any], how: dict[str, Any]) -> Labelled:
+    """The variant's gate of x times the router, and hidden; the router is a softmax's input, so float32. A term that
+    has `seen` hands it on, as weights of the rows."""
     if not contracted <= set(router.dims):
         raise Decline("the router of its adapter reads the inputs of the weight, and here its outputs are contracted")
     weights = Labelled(router.astype(x.array.dtype).array, router.dims)
@@ -236,7 +238,11 @@ def gated(router: Factor, gate: Any, hidden: Labelled, x: Labelled, contracted: 
                   preferred_element_type=wide(x.array.dtype))
     labels = tuple(dict.fromkeys(d for d in (*routed.labels, *hidden.labels) if d != RANK))
     routed, hidden = (Labelled(Factor(*t).spread((*labels, RANK)), (*labels, RANK)) for t in (routed, hidden))
-    return hidden._replace(array=gate(routed.array, hidden.array))
+    if term.seen is None:
+        return hidden._replace(array=gate(routed.array, hidden.array))
+    sizes = [n if d >= FREE else 1 for d, n in zip(labels, routed.array.shape, strict=False)]
+    rows = _rows(term.seen.array, [n for d, n in zip(labels, sizes, strict=True) if d >= FREE], "a router")
+    return hidden._replace(array=gate(routed.array, hidden.array, rows.reshape(sizes)))
 
 
 def _spanned(f: Factor, dims: set[int]) -> int:

@@ -192,7 +192,8 @@ class Variant(abc.ABC):
     @staticmethod
     def gate(routed: jax.Array, hidden: jax.Array) -> jax.Array:
         """(..., rank of b) from routed, x times `Factors.router`, (..., n) float32, and hidden, x a, (..., rank of a).
-        It must be a plain function of the two. A variant that defines it can be bound, but not merged."""
+        It must be a plain function of the two, the same object for equal variants (a static method, or one made by a
+        cached function from the hyperparameters). A variant that defines it can be bound, but not merged."""
         raise NotImplementedError("this variant has no gate")
 
     @property

@@ -21,6 +21,7 @@ from lorajax.variants.lora import INITIALIZERS, LoRA
 from lorajax.variants.lora_xs import LoRAXS
 from lorajax.variants.mica import MiCA
 from lorajax.variants.miss import MiSS
+from lorajax.variants.molora import MoLoRA
 from lorajax.variants.randlora import RandLoRA
 from lorajax.variants.share_lora import ShareLoRA
 from lorajax.variants.shira import SHiRA
@@ -50,6 +51,7 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "vb_lora": VBLoRA,
     "share_lora": ShareLoRA,
     "hydralora": HydraLoRA,
+    "molora": MoLoRA,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
@@ -71,6 +73,7 @@ __all__ = [
     "LoRAXS",
     "MiCA",
     "MiSS",
+    "MoLoRA",
     "RandLoRA",
     "SHiRA",
     "ShareLoRA",
