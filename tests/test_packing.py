@@ -1,5 +1,7 @@
 """Packing: rows, waste, and that a packed row computes what its examples compute alone."""
 
+import dataclasses
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -139,3 +141,50 @@ def test_chunked_loss_of_a_packed_batch():
     want = each[packed["weight"] > 0].mean()
     chunked = frozen_head_loss(jnp.asarray(hidden), jnp.asarray(kernel), packed["labels"], packed["weight"], chunk=8)
     np.testing.assert_allclose(chunked, want, rtol=1e-5)
+
+
+class Asked(Exception):
+    pass
+
+
+def test_segments_reach_the_fused_kernel_whole(monkeypatch):
+    """cuDNN's bias is not broadcast: a number for each query and key, beside its own causal mask."""
+    case = golden.load("lora_qv_llama", dtype=jnp.bfloat16)
+    model = type(case.model)(dataclasses.replace(case.model.config, attention="cudnn"))
+    batch = Batches(pack(made_up([9, 7, 5, 6, 3]), 16), 2, shapes=1).batch(0, 0)
+    segments = batch["segments"]
+
+    def look(q, k, v, *, mask, is_causal, implementation, **_):
+        assert implementation == "cudnn" and is_causal and mask.dtype == bool
+        np.testing.assert_array_equal(mask, (segments[:, :, None] == segments[:, None, :])[:, None])
+        raise Asked
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", look)
+    with pytest.raises(Asked):
+        model.apply(case.params, batch["input_ids"], None, batch["positions"], segments)
+
+
+@pytest.mark.gpu
+def test_packed_rows_with_the_fused_kernel():
+    """Logits and gradients of a packed batch are those of the plain attention, both in bfloat16."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    batch = Batches(pack(made_up([60, 40, 30, 20, 9]), 64), 3, shapes=1).batch(0, 0)
+    found = []
+    for attention in ("xla", "cudnn"):
+        case = golden.load("lora_qv_llama", attention=attention, dtype=jnp.bfloat16)
+
+        def loss(params, case=case):
+            out = case.model.apply(params, batch["input_ids"], None, batch["positions"], batch["segments"])
+            each = optax.softmax_cross_entropy_with_integer_labels(out, batch["labels"])
+            return (each * batch["weight"]).sum() / batch["weight"].sum(), out
+
+        with jax.numpy_dtype_promotion("standard"):  # JAX's attention mixes dtypes in its backward pass
+            found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(case.params))
+    ((one, plain), towards), ((two, fused), back) = found
+    real = batch["segments"] > 0
+    np.testing.assert_allclose(np.asarray(fused)[real], np.asarray(plain)[real], atol=0.3)  # the logits reach 10
+    np.testing.assert_allclose(two, one, rtol=2e-2)
+    flat = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (towards, back))
+    a, b = flat
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99

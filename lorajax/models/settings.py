@@ -47,7 +47,9 @@ class Execution:
     rows: sharding of the rows of what flows from layer to layer, on a mesh; None leaves it to the compiler, which under
         FSDP may well cut features instead of rows. No number depends on it.
     attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla' or 'cudnn' (fused, on
-        NVIDIA GPUs with a 16-bit dtype).
+        NVIDIA GPUs with a 16-bit dtype and a head size that 8 divides). Causal mask and window are the kernel's own.
+        Padding, segments of packed rows and caches reach it as a 16-bit bias (B, 1, T, S) for each query and key; the
+        probabilities, (B, N, T, S), are never formed. Dropout of these needs them, so it takes the plain path.
     """
 
     dtype: Any = field(default=jnp.float32)
