@@ -111,10 +111,15 @@ def batches(config: ConfigDict, tokens: dict[str, data.Tokens]) -> dict[str, dat
 
 
 def placement(config: ConfigDict, model_type: str) -> Placement:
-    """Where things lie on `config.mesh`: by the rules of `config.shard`, then those of the model's family."""
+    """Where things lie on `config.mesh`."""
+    return Placement(make_mesh(dict(config.mesh)), *sharding(config, model_type))
+
+
+def sharding(config: ConfigDict, model_type: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The rules of `config.shard`, and those of the model's family, which come after them."""
     rows = [config.shard[name] for name in sorted(config.shard)]
     own = tuple((row["paths"], tuple(_entry(word) for word in row["axes"].split(","))) for row in rows)
-    return Placement(make_mesh(dict(config.mesh)), own, sharding_rules(model_type))
+    return own, sharding_rules(model_type)
 
 
 def _entry(word: str) -> Any:

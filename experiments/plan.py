@@ -1,0 +1,172 @@
+"""Memory of each device and FLOPs of a step, planned from shapes: no device, no weights, seconds also for 70B.
+
+    python -m experiments.plan --config configs/plan.py:shape=70b,machine=v5p-64 [--config.mesh.tensor=4] [--compile]
+
+Activations are what the backward pass keeps of the forward pass in an abstract trace of one device's share (its rows;
+along `tensor` its heads, feed-forward columns and vocabulary), by remat policy, and of the layer that is being
+recomputed all; a compiler keeps less where it fuses, and needs room for temporaries. --compile also compiles the step,
+where there are as many devices (forced host devices will do), and prints XLA's own memory analysis of it.
+"""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lorajax as lj
+from lorajax import build, config
+from lorajax.core.sites import table
+from lorajax.core.summary import activations
+from lorajax.models import Llama, LlamaConfig
+from lorajax.shard import hosts
+from lorajax.shard.machines import NAMED, machine
+from lorajax.shard.mesh import BATCH, MeshError, make_mesh, sizes_of
+from lorajax.shard.placement import Placement
+from lorajax.shard.plan import flops, gathered, resident
+from lorajax.shard.rules import described, specs
+from lorajax.train.step import init_state, make_step
+
+REMAT = ("none", "dots_with_no_batch_dims_saveable", "full")
+ROOM = 0.9  # of the memory: the rest is for temporaries and what the runtime takes
+SPLIT = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+
+
+def main(argv: list[str]) -> None:
+    began = time.monotonic()
+    launch = config.parse(argv, compile=False)
+    c, where = launch.config, machine(launch.config.args.machine)
+    sizes = sizes_of(dict(c.mesh), where.devices)
+    rules, usual = build.sharding(c, "llama")
+    rows = per_device(c.batch, math.prod(sizes[axis] for axis in BATCH), "batch", "data x fsdp")
+
+    whole = settings(c)
+    adapt = adapted(c, whole, c.batch)
+    found = specs(adapt.sites.leaves, sizes, rules, usual)
+    print(described(adapt.sites.leaves, found, sizes), "\n")
+    state = jax.eval_shape(optax.adamw(1e-3).init, adapt.shapes[0])
+    parts = resident(adapt, sizes, rules, usual, state) | {"gathered layers": gathered(adapt, sizes, rules, usual)}
+    total = sum(x.size for x in adapt.sites.leaves.values())
+    print(f"{total / 1e9:.2f} billion parameters, {adapt.count() / 1e6:.1f} million trained; {c.batch} x "
+          f"{c.max_length} tokens, {rows} rows on a device")
+
+    own = {"remat": "", **{name: gib(n) for name, n in parts.items()}}
+    lines: list[tuple[str, ...]] = [(*own, "activations", "in all", f"of {where.memory / 2**30:.1f}", "FLOPs a step",
+                                     "at least")]
+    needs: dict[str, float] = {}
+    everything = 0
+    for remat in REMAT:
+        local = {name: per_device(getattr(whole, name), sizes["tensor"], name, "tensor") for name in SPLIT}
+        share = dataclasses.replace(whole, remat=remat, **local)
+        kept = activations(adapted(c, share, rows))
+        everything = max(everything, kept)
+        kept += (everything - kept) // whole.num_layers
+        needs[remat] = sum(parts.values()) + kept
+        work = step_flops(c, adapt, again=remat == "full")
+        fits = "fits" if needs[remat] <= ROOM * where.memory else "too much"
+        lines.append((remat, *list(own.values())[1:], gib(kept), gib(needs[remat]), fits, f"{work:.2e}",
+                      f"{work / where.devices / where.peak:.3f} s"))
+    print("GiB on each of", where.devices, "devices of", where.name)
+    print(table(lines))
+    if min(needs.values()) > ROOM * where.memory:
+        print(f"{where.name} is too small for this mesh, batch and method. With fsdp over all devices: {others(c)}")
+    if launch.options["compile"]:
+        compiled(c, whole, sizes)
+    print(f"planned in {time.monotonic() - began:.1f} s")
+
+
+def settings(c: Any, **more: Any) -> LlamaConfig:
+    types = {"dtype": build.DTYPES[c.compute_dtype], "param_dtype": build.DTYPES[c.param_dtype]}
+    return LlamaConfig(**c.model, **types, scan_layers=c.scan_layers, **more)
+
+
+def per_device(n: int, parts: int, what: str, axes: str) -> int:
+    if n % parts:
+        raise MeshError(f"{what}={n} does not divide among {parts} devices along {axes}: the nearest that does is "
+                        f"{max(1, round(n / parts)) * parts}")
+    return n // parts
+
+
+def objective(net: Any) -> Any:
+    # The next token's cross-entropy, summed in float32.
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        logits = net.apply(params, ids)
+        here = jnp.take_along_axis(logits, jnp.roll(ids, -1, 1)[..., None], -1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - here)
+
+    return loss
+
+
+def adapted(c: Any, settings: LlamaConfig, rows: int) -> lj.Adapt:
+    net, ids = Llama(settings), jax.ShapeDtypeStruct((rows, c.max_length), jnp.int32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    with jax.numpy_dtype_promotion("standard"):
+        return lj.adapt(lj.sites(objective(net), shapes, ids), [(c.args.targets, build.variant(c))])
+
+
+def step_flops(c: Any, adapt: lj.Adapt, again: bool) -> float:
+    # Attention's two products, forward once (twice where it is repeated) and twice backward.
+    m = c.model
+    attention = 4.0 * c.batch * c.max_length**2 * m.num_heads * m.head_dim * m.num_layers
+    return flops(adapt, c.batch * c.max_length, again) + attention * (3 + again)
+
+
+def others(c: Any) -> str:
+    # The named machines whose devices hold the base, adapters and one row's activations at full remat.
+    whole = settings(c, remat="full")
+    adapt = adapted(c, whole, c.batch)
+    kept = activations(adapted(c, whole, 1))
+    state = jax.eval_shape(optax.adamw(1e-3).init, adapt.shapes[0])
+    fit = []
+    for name in NAMED:
+        one = machine(name)
+        sizes = sizes_of({"fsdp": -1}, one.devices)
+        try:
+            parts = resident(adapt, sizes, *build.sharding(c, "llama"), state)
+            parts["gathered"] = gathered(adapt, sizes, *build.sharding(c, "llama"))
+        except MeshError:  # a width that so many devices do not divide
+            continue
+        if sum(parts.values()) + kept <= ROOM * one.memory:
+            fit.append(name)
+    return ", ".join(fit) + " hold a row a device" if fit else "no named machine holds it"
+
+
+def compiled(c: Any, whole: LlamaConfig, sizes: dict[str, int]) -> Any:
+    count = math.prod(sizes.values())
+    if jax.device_count() < count:
+        return print(f"not compiled: {count} devices are needed and {jax.device_count()} are here")
+    rules, usual = build.sharding(c, "llama")
+    place = Placement(make_mesh(sizes), rules, usual)
+    net = Llama(dataclasses.replace(whole, rows=place.rows(), remat="full"))
+    adapt = adapted(c, net.config, c.batch)
+    loss = lj.lift(objective(net))
+    tx = optax.adamw(1e-3)
+    state = jax.eval_shape(lambda k, t: init_state(k, t, tx), jax.random.key(0), adapt.shapes[0])
+    to, rows = place.state(adapt, state), place.rows()
+    step: Any = make_step(lambda p, b, _: (loss(p, b["ids"]), {}), adapt, tx, shardings=(to, place.whole))
+    if place.mesh is not None:
+        at = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        base = place.base(adapt.sites.leaves)
+        state = jax.tree.map(at, state, to)
+        frozen = adapt.shapes[1]._replace(base={p: at(x, base[p]) for p, x in adapt.shapes[1].base.items()})
+    else:
+        frozen = adapt.shapes[1]
+    ids = jax.ShapeDtypeStruct((c.batch, c.max_length), jnp.int32, sharding=rows)
+    with jax.numpy_dtype_promotion("standard"):
+        done = step.lower(state, frozen, {"ids": ids}).compile()
+    m = done.memory_analysis()
+    print(f"compiled for {jax.devices()[0].device_kind}, remat full, GiB on a device: arguments "
+          f"{gib(m.argument_size_in_bytes)}, temporaries {gib(m.temp_size_in_bytes)}, FLOPs outside loops "
+          f"{done.cost_analysis().get('flops', 0):.2e}")
+    return m
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    hosts.run(main, (config.ConfigError, lj.RuleError, MeshError))

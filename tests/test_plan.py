@@ -1,0 +1,60 @@
+"""Plans from shapes: bytes and FLOPs by hand, and against what XLA says of the compiled step."""
+
+from typing import Any
+
+import pytest
+
+from configs import plan as shapes
+from experiments import plan
+from lorajax import config
+from lorajax.shard.machines import machine
+from lorajax.shard.mesh import MeshError, sizes_of
+
+
+def test_70b_is_planned_without_a_device(capsys: Any) -> None:
+    plan.main(["--config=configs/plan.py:shape=70b,machine=v5p-64", "--config.mesh.tensor=4"])
+    out = capsys.readouterr().out
+    vocabulary, d, layers, heads, kv, head, f, _ = shapes.SHAPES["70b"]
+    sides = [(d, heads * head), (d, kv * head), (d, kv * head), (heads * head, d), (d, f), (d, f), (f, d)]
+    matrices = layers * sum(i * o for i, o in sides) + 2 * vocabulary * d
+    assert f"{(matrices + d * (2 * layers + 1)) / 1e9:.2f} billion parameters" in out
+    trained = 16 * layers * sum(i + o for i, o in sides)
+    assert f"{trained / 1e6:.1f} million trained" in out
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("full ")]
+    # fsdp 8 x tensor 4: all matrices are cut in 32, norms are whole.
+    assert row[1] == plan.gib((matrices / 32 + d * (2 * layers + 1)) * 2)
+    # A of a column-sharded weight is cut by fsdp, of a row-sharded one by both; B by tensor, or not at all.
+    column, rows = sides[:3] + sides[4:6], [sides[3], sides[6]]
+    own = 16 * layers * (sum(i / 8 + o / 4 for i, o in column) + sum(i / 32 + o for i, o in rows)) * 4
+    assert row[2] == row[3] == plan.gib(own)
+    assert row[4] == plan.gib(2 * own)
+    tokens, attention = 64 * 2048, 4 * 64 * 2048**2 * heads * head * layers
+    once = 2 * tokens * (layers * sum(i * o for i, o in sides) + vocabulary * d)
+    want = 3 * once + 4 * 2 * tokens * trained + 4 * attention  # forward twice, backward
+    assert f"{want:.2e}" in row
+
+
+def test_what_xla_says_of_the_compiled_step() -> None:
+    launch = config.parse(["--config=configs/plan.py:shape=tiny,machine=8xH100", "--config.batch=16",
+                           "--config.max_length=16", "--config.mesh.tensor=2", "--config.param_dtype=float32",
+                           "--config.compute_dtype=float32"])  # fmt: skip
+    c, sizes = launch.config, sizes_of(dict(launch.config.mesh), 8)
+    adapt = plan.adapted(c, plan.settings(c), c.batch)
+    state = plan.jax.eval_shape(plan.optax.adamw(1e-3).init, adapt.shapes[0])
+    parts = plan.resident(adapt, sizes, *plan.build.sharding(c, "llama"), state)
+    told = plan.compiled(c, plan.settings(c), sizes)
+    mine = parts["base"] + parts["adapters"] + parts["optimizer"] + 16 * 16 * 4 // 4  # and the ids
+    assert told.argument_size_in_bytes == pytest.approx(mine, abs=64)  # step counter and key
+
+
+def test_what_does_not_fit_is_said(capsys: Any) -> None:
+    plan.main(["--config=configs/plan.py:shape=70b,machine=8xH100", "--config.batch=8", "--config.max_length=512",
+               "--config.mesh.fsdp=2", "--config.mesh.data=-1"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert out.count("too much") == 3
+    assert "8xH100 is too small" in out
+    assert "v5p-64" in out.splitlines()[-2]
+    with pytest.raises(MeshError, match="no machine '8xH10': did you mean '8xH100'"):
+        machine("8xH10")
+    assert machine("v5p-64").devices == 32
+    assert machine("v5e-16").devices == 16
