@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     needs: dict[str, float] = {}
     everything = 0
     for remat in REMAT:
-        local = {name: per_device(getattr(whole, name), sizes["tensor"], name, "tensor") for name in SPLIT}
+        local: Any = {name: per_device(getattr(whole, name), sizes["tensor"], name, "tensor") for name in SPLIT}
         share = dataclasses.replace(whole, remat=remat, **local)
         kept = activations(adapted(c, share, rows))
         everything = max(everything, kept)
@@ -151,7 +151,8 @@ def compiled(c: Any, whole: LlamaConfig, sizes: dict[str, int]) -> Any:
         at = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
         base = place.base(adapt.sites.leaves)
         state = jax.tree.map(at, state, to)
-        frozen = adapt.shapes[1]._replace(base={p: at(x, base[p]) for p, x in adapt.shapes[1].base.items()})
+        placed: Any = {p: at(x, base[p]) for p, x in adapt.shapes[1].base.items()}
+        frozen = adapt.shapes[1]._replace(base=placed)
     else:
         frozen = adapt.shapes[1]
     ids = jax.ShapeDtypeStruct((c.batch, c.max_length), jnp.int32, sharding=rows)
