@@ -176,3 +176,38 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
         c.update(generate=2, generate_batch=2, max_new=8)
         c.unrelated.update(text="made-up")
     return c
+
+
+# What a method's config says of text, and of several devices.
+TEXT = ("max_length", "shapes", "pooling", "dropout", "head_dropout", "scan_layers", "remat", "neftune")
+MESH = ("mesh", "shard")
+
+
+def vision(arg: str | None, *, task: str, model: str, lr: float, targets: str, **values: Any) -> ConfigDict:
+    """A run of `experiments.vision`: a recipe, with the method that `variant` names (configs/<variant>.py).
+
+    lr: the recipe's rate for LoRA; another method's has its own ratio to it. targets: for methods that name none
+    themselves. values: any other key.
+    """
+    args = config.arguments(arg, task=task, model=model, variant="lora", rank=0, targets="", smoke=False)
+    c = method(args.variant, rank=args.rank)
+    if c.neftune or (args.rank and "rank" not in c.args):
+        why = "adds noise to word embeddings" if c.neftune else "has no rank"
+        raise config.ConfigError(f"variant={args.variant!r} {why}: leave it out, or take another method, such as lora")
+    args.targets = args.targets or (targets if c.args.targets == "all-linear" else c.args.targets)
+    heads = c.head_lr / c.lr
+    for key in (*TEXT, *MESH):
+        del c[key]
+    c.args, c.study = args, "vision"
+    c.lr = float(f"{lr * c.lr / SMALL['reviews'][2]:.6g}")
+    c.head_lr = float(f"{c.lr * heads:.6g}")
+    c.weight_decay = 0.0
+    # size: of the images that the model reads, resized on the device. pad, flip: of the augmentation, pixels of the
+    # random shift before resizing and whether images are mirrored. execution: how the model is run (its fields).
+    c.size, c.pad, c.flip = 32, 4, True
+    c.execution = {}
+    c.base = {}
+    c.update(values)
+    if args.smoke:
+        c.update(examples=32, batch=16, eval_batch=32, epochs=1.0, log_every=1)
+    return c

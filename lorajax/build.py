@@ -52,11 +52,11 @@ class Pretrained(Protocol):
 
 
 class Data(NamedTuple):
-    """task: the row of the table of tasks. splits: 'train' and the evaluation splits that exist, the headline one next.
-    fingerprint: of all of it."""
+    """task: the row of the table of tasks. splits: 'train' and the evaluation splits that exist, the headline one next,
+    each `data.Examples` (or `data.Images`). fingerprint: of all of it."""
 
     task: data.Task
-    splits: dict[str, data.Examples]
+    splits: dict[str, Any]
     fingerprint: str
 
 

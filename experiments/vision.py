@@ -1,0 +1,229 @@
+"""Adapts an image classifier, a vision transformer or a ResNet, with any method.
+
+    python -m experiments.vision --config configs/vit.py[:variant=dora,rank=4,smoke] [--config.lr=1e-3 ...]
+                                 [--workdir=runs] [--no-resume]
+    python -m experiments.vision --config configs/resnet.py
+
+Images travel as uint8; flip, crop, scaling and resizing are part of the step, drawn from the run's seed and the step's
+number. The run's folder, resuming and exit codes are those of `experiments.glue`. One device.
+"""
+
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+import lorajax as lj
+from experiments.glue import EXPLAINED, FREE, evaluate, flat, further, report, summary
+from experiments.pixels import augmented, prepared
+from experiments.resnet_base import resnet
+from lorajax import build, config, control, data, start
+from lorajax.core.fingerprint import fingerprint
+from lorajax.data.feed import ahead, calls
+from lorajax.io import adapter, assets, hf
+from lorajax.io.onnx import open_dinov2
+from lorajax.models import adapter_names, model_from_hf, params_from_hf
+from lorajax.shard.placement import LOCAL
+from lorajax.train.blame import diagnosis
+from lorajax.train.checkpoint import Checkpoints
+from lorajax.train.compiled import compile_cache
+from lorajax.train.progress import Progress
+from lorajax.train.run import EXIT_INTERRUPTED, Run, run_folder, stop_on_signal
+from lorajax.train.step import init_state, make_eval, make_step
+
+
+def main(argv: list[str]) -> None:
+    began = time.monotonic()
+    launch = config.parse(argv, workdir="runs", resume=True)
+    c = launch.config
+    compile_cache()
+
+    # Everything below is a function of the config and of these three keys.
+    head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
+    found = load_data(c)
+    model = load_model(c, found.task, head_key, launch.options["workdir"])
+    batches = {"train": data.ImageBatches(found.splits["train"], c.batch, seed=c.seed),
+               "test": data.ImageBatches(found.splits["test"], c.eval_batch, shuffle=False)}  # fmt: skip
+    total = build.total_steps(c, len(batches["train"]))
+
+    # What is adapted: decided by rules on the traced model, shown before anything is computed.
+    forward = lj.lift(model.net.apply)
+    adapt = plan(c, model, jnp.zeros((c.batch, c.size, c.size, 3)))
+    folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
+    resumed = launch.options["resume"] and (folder / "start").exists()
+    loss = make_loss(forward, found.task, c)
+    if c.ranks.budget and not resumed:
+        adapt = start.by_importance(c, adapt, model, loss, batches["train"], adapter_key)
+    adapt = build.after(c, adapt, model)
+    if resumed:
+        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start")
+    else:
+        real = lambda batch: batch["weight"]  # noqa: E731
+        adapt, trainable, frozen = start.make(c, adapt, model, loss, batches["train"], adapter_key, real)
+    print(adapt)
+    trained = sum(x.size for x in jax.tree.leaves(trainable))
+
+    tx = build.optimizer(c, adapt, model, total)
+    controller = build.controller(c, adapt, total)
+    step_fn = make_step(
+        loss, adapt, tx, controller, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call
+    )
+    predict = make_eval(lambda bound, batch: forward(bound, prepared(batch["pixels"], c.size)), adapt)
+
+    prints = {"base": model.fingerprint, "data": found.fingerprint}
+    with (
+        Run(folder, config.to_dict(c), fingerprints=prints, ignore=FREE, fresh=not launch.options["resume"]) as run,
+        Checkpoints(run.checkpoints) as saved,
+        stop_on_signal() as stop,
+    ):
+        print(f"{folder}: {len(batches['train'])} steps an epoch, {total} in all, {c.batch} images each", flush=True)
+        for line in run.changed:
+            print(f"resumed elsewhere: {line}")
+        if run.finished:
+            print(f"finished already: {(folder / 'summary.json').read_text()}")
+            return
+        if not resumed and (adapt.kept(frozen) or start.reads_data(c, adapt)):
+            adapter.save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
+        state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
+        best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}
+        if saved.latest() is not None:
+            state, best = saved.restore(state)
+        # ReLoRA merges into the weights as it goes: what has moved is part of the state, the base stays as it was.
+        base, restart = frozen, controller.restart
+        frozen = restart.rebase(base, state.control) if restart else base
+        anew = jax.jit(restart.restart if restart else lambda state: state, donate_argnums=0)
+        step = int(state.step)
+        run.rewind(step)
+
+        # The loop. A checkpoint is written after the evaluation of its step, and metrics before the checkpoint, so that
+        # a run killed anywhere goes on from its last checkpoint as if nothing had happened.
+        n, epoch = c.steps_per_call, len(batches["train"])
+        eval_every, save_every = (build.every(p, epoch, n) for p in (c.eval_every, c.save_every))
+        log_every = build.every(c.log_every, epoch, n)
+        made = calls(batches["train"], accumulate=c.accumulate, steps_per_call=n)
+        with Progress(total, done=step) as bar:
+            for begun, batch in ahead(lambda step: jax.device_put(made(step)), range(step, total, n)):
+                state, metrics = step_fn(state, frozen, batch)
+                step = begun + n
+                if not np.all(metrics["finite"]):
+                    saved.save(begun + int(np.sum(metrics["finite"])), state, best)
+                    raise SystemExit(diagnosis(loss, adapt, state, frozen, batch, metrics, controller,
+                                               accumulate=c.accumulate, steps_per_call=n))
+                last = jax.tree.map(lambda x: x[-1] if n > 1 else x, metrics)
+                if restart and step % restart.every == 0 and step < total:
+                    state = anew(state)
+                    frozen = restart.rebase(base, state.control)
+                bar.update(n, examples=n * c.batch, loss=last["loss"])
+                if step % log_every == 0:
+                    run.log(step, {name: last[name] for name in sorted(last) if name not in ("finite", "weight")})
+                    run.log_time(step, {"examples_per_second": bar.examples_per_second})
+                improved = False
+                if step % eval_every == 0 or step == total:
+                    scores = evaluate(predict, state.trainable, frozen, found, batches, LOCAL)
+                    views = further(predict, state, frozen, found, batches, controller, LOCAL)
+                    run.log(step, scores | flat(views) | controller.report(state.control), prefix="eval/")
+                    bar.write(f"step {step}: accuracy {scores['accuracy']:.4f}")
+                    better = scores["accuracy"] > best["scores"].get("accuracy", -np.inf)
+                    improved = better and step >= controller.settled
+                    best = {"step": step, "scores": scores, "views": views} if improved else best
+                if improved or step % save_every == 0 or step == total or stop.now():
+                    saved.save(step, state, best, best=improved)
+                if stop:
+                    saved.wait()
+                    print(f"{stop.signal}: saved at step {step} of {total}; the same command resumes it", flush=True)
+                    raise SystemExit(EXIT_INTERRUPTED)
+
+        # The best state is what the run leaves; the comparison says what it is worth.
+        state, _ = saved.restore(state, best["step"])
+        left, arrays, rest = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
+        adapter.save(folder / "adapter", left, arrays, rest, base=model.fingerprint,
+                     names=adapter_names(model.net.config))  # fmt: skip
+        labels = [found.splits[split].labels for split in ("train", "test")]
+        baselines = {"majority class": data.majority(found.task, *labels)}
+        if c.probe:
+            baselines |= frozen_features(c, model, found, batches)
+        seconds = time.monotonic() - began
+        report(c, found.task, baselines, best, trained, seconds)
+        told = {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
+        extra = controller.report(state.control)
+        run.finish(summary(launch, found.task, best, total, baselines, trained, extra) | told)
+
+
+def load_data(c: Any) -> build.Data:
+    # examples: so many of each split, evenly spaced.
+    task = config.choose("task", c.args.task, data.IMAGES)
+    splits = data.load_images(task.name, c.data or None)
+    for name, x in splits.items() if c.examples else ():
+        rows = np.unique(np.linspace(0, len(x.labels) - 1, c.examples).astype(int))
+        splits[name] = data.Images(x.pixels[rows], x.labels[rows])
+    return build.Data(task, splits, "+".join(x.fingerprint()[:16] for x in splits.values()))
+
+
+def load_model(c: Any, task: data.Task, key: jax.Array, workdir: str) -> build.Model:
+    # A folder or hub id in the Hugging Face layout, a folder with an ONNX file, or the base that is made here.
+    folder = resnet(c, workdir) if c.args.model == "base" else assets.resolve(c.args.model).path
+    exported = folder / "model.onnx"
+    checkpoint = open_dinov2(exported) if exported.exists() else hf.open_checkpoint(folder)
+    net: Any = model_from_hf(checkpoint.config, num_labels=task.outputs, dtype=build.compute_dtype(c), **c.execution)
+    # A head of the checkpoint answers another task, and so does the decoder of the ONNX file.
+    heads = [rf"{top}\..*" for top in ("classifier", "decoder")]
+    ignore = [head for head in heads if any(re.fullmatch(head, name) for name in checkpoint.tensors)]
+    loaded = params_from_hf(net.config, checkpoint.tensors, key, ignore=ignore)
+    leaves = traverse_util.flatten_dict(loaded.variables, sep="/")
+    pretrained = {path: leaf for path, leaf in leaves.items() if path not in loaded.fresh}
+    return build.Model(net, loaded.variables, loaded.fresh, folder, fingerprint(pretrained), LOCAL)
+
+
+def plan(c: Any, model: build.Model, images: jax.Array) -> lj.Adapt:
+    # Running statistics are no weights: they stay the base's, whatever the method.
+    statistics: list[Any] = [("batch_stats/.*", None)] if "batch_stats" in model.variables else []
+    sites = lj.sites(model.net.apply, model.variables, images)
+    return lj.adapt(sites, [*statistics, *build.rules(c, model)])
+
+
+def make_loss(forward: Any, task: data.Task, c: Any) -> Any:
+    def loss(bound: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = forward(bound, prepared(augmented(batch["pixels"], key, c.pad, c.flip), c.size))
+        target = optax.smooth_labels(jax.nn.one_hot(batch["label"], task.outputs), c.label_smoothing)
+        weight = batch["weight"]  # 0 in empty rows
+        return jnp.sum(optax.softmax_cross_entropy(logits, target) * weight) / jnp.sum(weight), {}
+
+    return loss
+
+
+def frozen_features(c: Any, model: build.Model, found: build.Data, batches: Any) -> dict[str, dict[str, float]]:
+    # What the model knew before: a linear probe, and the 20 nearest images by the cosine, on its frozen features.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    @jax.jit
+    def features(variables: Any, pixels: jax.Array) -> Any:
+        return model.net.apply(variables, prepared(pixels, c.size), method="features")
+
+    def seen(split: str) -> np.ndarray:
+        whole = data.ImageBatches(batches[split].images, c.eval_batch, shuffle=False)
+        passed = [np.asarray(features(model.variables, batch["pixels"])) for batch in whole.epoch()]
+        return np.concatenate(passed)[: len(whole.images.labels)]
+
+    known, asked = seen("train"), seen("test")
+    truth, labels = found.splits["test"].labels, found.splits["train"].labels
+    near = KNeighborsClassifier(min(20, len(labels)), metric="cosine", weights="distance")
+    heads = {"linear probe": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
+             "20 nearest images": near}  # fmt: skip
+    guesses = {name: np.eye(found.task.outputs)[head.fit(known, labels).predict(asked)] for name, head in heads.items()}
+    return {name: data.evaluate(found.task, outputs, truth) for name, outputs in guesses.items()}
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except EXPLAINED as error:
+        raise SystemExit(f"error: {error}") from None
