@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 LOW = {"core"}
 MIDDLE = LOW | {"variants", "quant"}
 UPPER = MIDDLE | {"control", "optim", "compose", "io", "shard"}
-LIBRARY = UPPER | {"models", "data", "train", "calibrate", "build", "start", "language", "config", "sweep", "report"}
+LIBRARY = UPPER | {"models", "data", "train", "calibrate", "library", "build", "start", "language", "config", "sweep",
+                   "report"}
 MAY_IMPORT: dict[str, set[str]] = {  # of our own places
     "core": set(),
     "variants": LOW,
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # of our own places
     "data": set(),
     "train": UPPER,
     "calibrate": UPPER,
+    "library": UPPER,
     "build": UPPER | {"models", "data", "train", "calibrate", "config"},
     "start": UPPER | {"train", "calibrate"},
     "language": UPPER | {"models", "data", "config"},
