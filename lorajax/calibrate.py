@@ -18,6 +18,7 @@ import numpy as np
 from lorajax.core.adapt import Adapt, blank
 from lorajax.core.bound import RANK, Bound, Factor, Term
 from lorajax.core.layout import matrix, nameless, over_stack
+from lorajax.core.packed import unpacked
 from lorajax.core.sites import Site, by_path
 from lorajax.core.variant import Seen, Variant
 
@@ -35,7 +36,8 @@ def calibrate(adapt: Adapt, loss: Callable[[Any, Any], jax.Array], params: Any, 
     A start that has converged on all of its weights (EVA's tau) ends its stream early. Raises ValueError for weights
     that are no matmul, for batches that are empty, and where the loss does not depend on a weight.
     """
-    wanted = {path: c for path, c in adapt.plan.items() if isinstance(c, Variant) and c.statistic}
+    wanted = {path: c for path, c in adapt.plan.items() if isinstance(c, Variant) and c.statistic
+              and c.statistic.of != "quantization"}
     kinds = {path: c.statistic.of for path, c in wanted.items() if c.statistic}
     for path in wanted:
         if kinds[path] == "inputs" and {use.op for use in adapt.sites[path].uses} != {"matmul"}:
@@ -63,7 +65,7 @@ def _stream(adapt: Adapt, group: Mapping[str, Any], loss: Any, leaves: Mapping[s
     def look(leaves: Any, batch: Any) -> dict[str, Any]:
         seen = None if mask is None else Factor(mask(batch).astype(jnp.float32), ())
         taps = {path: _zeros(site) for path, site in sites.items() if group[path].statistic.of == "inputs"}
-        read = {path: leaves[path] for path in group if path not in taps}
+        read = {path: unpacked(leaves[path]) for path in group if path not in taps}
 
         def run(read: Any, taps: Any) -> jax.Array:
             full = {**leaves, **read}

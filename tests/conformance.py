@@ -34,6 +34,7 @@ from lorajax.variants import (
     VBLoRA,
     VeRA,
 )
+from lorajax.variants.initializer import Pair
 
 
 class Row(NamedTuple):
@@ -65,6 +66,7 @@ TAKEN_OFF = LORA | {"A0": (12, 4), "B0": (4, 8)}
 INPUTS = jnp.float32(np.random.default_rng(4).normal(size=(30, 12)))
 SEEN = Seen(INPUTS.T @ INPUTS, INPUTS.sum(0), jnp.float32(30), abs(INPUTS).max())
 SLOPE = jnp.float32(np.random.default_rng(5).normal(size=(12, 8)))
+MADE = Pair(0.1 * INPUTS[:12, :4], 0.1 * SLOPE[:4])
 ADALORA = {"A": (12, 4), "E": (4,), "B": (4, 8)}
 LOHA = {"A1": (12, 4), "B1": (4, 8), "A2": (12, 4), "B2": (4, 8)}
 NORMS = {"magnitude": (8,), "weight_norm": (8,)}
@@ -96,6 +98,9 @@ ROWS: dict[str, Row] = {
        for start, paper, shapes, saw in (
            ("eva", "2410.07170", LORA, SEEN), ("corda", "2406.05223", TAKEN_OFF, SEEN),
            ("lora_ga", "2407.05000", TAKEN_OFF, SLOPE), ("lora_one", "2502.01235", LORA, SLOPE))},
+    **{f"lora-{start}": Row("lora", paper, LoRA(rank=4, initializer=start), LORA, identity=False, in_model=False,
+                            drawn=False, stats=MADE)
+       for start, paper in (("loftq", "2310.08659"), ("qpissa", "2404.02948"))},
     "mica": Row("mica", "2604.01694", MiCA(rank=4), LORA, drawn=False),
     "lora-fa": Row("lora", "2308.03303", LoRA(rank=4, freeze_a=True), LORA),
     "adalora": Row("adalora", "2303.10512", AdaLoRA(rank=4), ADALORA, penalised=True),

@@ -16,7 +16,9 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lorajax as lj
-from lorajax import variants
+from lorajax import quant, variants
+from lorajax.core.packed import unpacked
+from lorajax.core.sites import by_path
 from lorajax.core.variant import Variant
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import INITIALIZERS, NAMES, LoRA
@@ -225,6 +227,26 @@ def test_lifted_equals_merged(row: Row, scan: bool) -> None:
     for (where, got), want in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() + 1e-7,
                                    err_msg=jax.tree_util.keystr(where))
+
+
+QUICK = ("adalora", "dora", "vera", "lora-pissa", "loha")
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=name, marks=() if name in QUICK else pytest.mark.slow)
+                                 for name, row in ROWS.items() if row.in_model])
+def test_a_quantised_base_is_its_dense_form(row: Row) -> None:
+    apply, adapt, trainable, frozen, params, x = model(row, scan=True)
+    packed = quant.plan(adapt.sites, [(".*kernel", quant.NF4(block=4))]).quantize(params)
+    frozen = frozen._replace(base=by_path(packed)[0])
+    dense = frozen._replace(base={path: unpacked(w) for path, w in frozen.base.items()})
+    lifted = lj.lift(apply, strict=row.variant.factored)
+    run = jax.jit(jax.value_and_grad(lambda tr, frozen: jnp.sum(jnp.sin(lifted(adapt.bind(tr, frozen), x)))))
+    for got, want in zip(jax.tree.leaves(run(trainable, frozen)), jax.tree.leaves(run(trainable, dense)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max() + 1e-6)
+    if row.merges:
+        merged = jax.jit(adapt.merge)
+        jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), merged(trainable, frozen),
+                     merged(trainable, dense))
 
 
 @every_model

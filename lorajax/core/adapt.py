@@ -16,6 +16,7 @@ from lorajax.core.bound import Bound, Gate, Term, dense, is_bound
 from lorajax.core.dropping import dropping, kept
 from lorajax.core.layout import aligned, leaf, matrix, nameless, over_stack
 from lorajax.core.masks import apply
+from lorajax.core.packed import is_packed, unpacked
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
 from lorajax.core.summary import parameters, summary
@@ -23,9 +24,9 @@ from lorajax.core.variant import Full, FullAdapter, Statistic, Variant, may_drop
 
 
 class Frozen(NamedTuple):
-    """What does not train. base: path -> weight as given (leaves that `Full` trains have moved to the trainable
-    partition). aux: path -> adapter whose frozen arrays are filled and whose trained ones are None. shared:
-    'shared:<slot>' -> {leaf: array}, the frozen arrays that all sites of a slot read."""
+    """What does not train. base: path -> weight as given, an array or quantised (leaves that `Full` trains have moved
+    to the trainable partition). aux: path -> adapter whose frozen arrays are filled and whose trained ones are None.
+    shared: 'shared:<slot>' -> {leaf: array}, the frozen arrays that all sites of a slot read."""
 
     base: dict[str, jax.Array]
     aux: dict[str, Any]
@@ -83,8 +84,12 @@ class Adapt:
         blind = [path for path, choice in self.plan.items()
                  if isinstance(choice, Variant) and choice.statistic and path not in (stats or {})]
         if blind:
+            reads = getattr(self.plan[blind[0]], "statistic", None)
+            made = reads is not None and reads.of == "quantization"
+            way = "quant.plan(...).start(adapt, params)" if made else "calibrate(adapt, ...)"
             raise ValueError(f"{self.plan[blind[0]]} at {blind[0]!r} (and {len(blind) - 1} other paths) starts from "
-                             f"data: pass init(key, params, stats) what lorajax.calibrate(adapt, ...) returned")
+                             f"{'its quantisation' if made else 'data'}: pass init(key, params, stats) what "
+                             f"lorajax.{way} returned")
         trainable: dict[str, Any] = {}
         aux = {}
         for path, choice in self.plan.items():
@@ -184,26 +189,32 @@ class Adapt:
                 if key is not None and may_drop(choice.module_dropout):
                     on = kept(choice.module_dropout, jax.random.fold_in(fold(key, path), 2), site.stack_shape)
                     update = update * on[..., None, None]
-                w = (w.astype(jnp.float32) + leaf(site, update)).astype(w.dtype)
+                w = (unpacked(w).astype(jnp.float32) + leaf(site, update)).astype(w.dtype)
                 leaves[path] = Bound(w, terms, path) if terms else w
         return jax.tree.unflatten(self.sites.tree, [leaves[path] for path in self.sites.leaves])
 
     def _term(self, site: Site, choice: Variant, adapter: Any, w: jax.Array, shared: dict[str, jax.Array],
               key: jax.Array | None) -> Term:
         if choice.reads_weight:
-            term = _for(choice, _shared_term)(choice, nameless(site), adapter, w, shared)
+            read = _for(choice, _shared_term)
+            run = lambda adapter, w, shared: read(choice, nameless(site), adapter, w, shared)  # noqa: E731
+            if is_packed(w):  # unpacked again in the backward pass, if that reads it at all
+                run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+            term = run(adapter, w, shared)
         else:
             term = _term(choice, site, adapter, None, shared)
         return term if key is None else dropping(term, site, choice, fold(key, site.path))
 
     def merge(self, trainable: Mapping[str, Any], frozen: Frozen, *,
               masks: Mapping[str, Any] | None = None) -> Any:
-        """Plain params, each adapted weight W' in the base's dtype (summed in float32). The partitions stay as they
-        are: to unmerge, go on using `frozen.base`, which is the base bit for bit.
+        """Plain params, each adapted weight W' in the base's dtype (summed in float32), quantised ones as dense arrays
+        (`lorajax.quant.requantize` quantises them again). The partitions stay as they are: to unmerge, go on using
+        `frozen.base`, which is the base bit for bit.
 
         Raises ValueError for a variant with a router, which no one weight stands for."""
         bound = self.bind(trainable, frozen, masks=masks)
-        return jax.tree.map(lambda x: dense(x) if is_bound(x) else x, bound, is_leaf=is_bound)
+        return jax.tree.map(lambda x: dense(x) if is_bound(x) else unpacked(x), bound,
+                            is_leaf=lambda x: is_bound(x) or is_packed(x))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -251,6 +262,13 @@ class Adapt:
         for path, want in self.sites.leaves.items():
             if leaves[path].shape != want.shape:
                 raise ValueError(f"{path} has shape {leaves[path].shape}, but sites() traced {want.shape}")
+        for path, choice in self.plan.items():
+            if is_packed(leaves[path]) and isinstance(choice, Full):
+                raise ValueError(f"{path} is quantised, so Full() cannot train it: leave it out of the quantisation, "
+                                 f"or give it a variant")
+            if is_packed(leaves[path]) and isinstance(choice, Variant) and choice.rewrites_weight:
+                raise ValueError(f"{path} is quantised, and {type(choice).__name__} with fold=True rewrites it: "
+                                 f"set fold=False, or start from initializer='qpissa' or 'loftq'")
         return {path: leaves[path] for path in self.sites.leaves}
 
     def __str__(self) -> str:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorajax.core.packed import unpacked
+
 RANK = -1
 """The name of a factor's rank dimension; weight dimensions are named by their index 0, 1, ..."""
 
@@ -163,8 +165,8 @@ class Name(str):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Bound:
-    """A weight of shape S (array `w`) with `terms`, at `path`. A pytree node; `lift(fn)` accepts it where `fn` reads
-    the array."""
+    """A weight of shape S (`w`, an array or a `Packed`) with `terms`, at `path`. A pytree node; `lift(fn)` accepts it
+    where `fn` reads the array."""
 
     __slots__ = ("path", "terms", "w")
 
@@ -240,7 +242,7 @@ def dense(node: Bound) -> jax.Array:
         raise ValueError(f"{node.path}: its adapters act on some tokens only, so no merged weight equals them")
     every = tuple(range(node.ndim))
     compute = wide(node.dtype)
-    w = node.w.astype(compute)
+    w = unpacked(node.w).astype(compute)
     scales = [term.g.astype(compute).spread(every) for term in node.terms if term.g is not None]
     if len(scales) == 1:
         w = w * scales[0]

@@ -17,6 +17,7 @@ from jax import lax
 
 from lorajax.core import compat
 from lorajax.core.bound import RANK, Bound, Factor, Term, dense, wide
+from lorajax.core.packed import is_packed, moved, product
 from lorajax.core.structure import Decline
 
 
@@ -94,14 +95,14 @@ def dot_general(eqn, left, right) -> jax.Array:
     def base(x: Labelled) -> jax.Array:
         order = [x.labels.index(names.get(i, FREE + i)) for i in range(len(x.labels))]
         array = x.array if order == sorted(order) else lax.transpose(x.array, order)
-        return compat.bind(eqn, [node.w, array] if node_left else [array, node.w])[0]
+        return product(lambda w, x: compat.bind(eqn, [w, x] if node_left else [x, w])[0], node.w, array)
 
     sizes = [x.array.shape[x.labels.index(d)] if d in x.labels else node.shape[d] for d in out]
     x_in, scales, redo = _split_scales(node, x, set(nc), out, sizes)
     y = base(x_in)
     if scales is not None:
         y = scale(y, scales)
-    mesh = compat.explicit_mesh(x.array, node.w)
+    mesh = compat.explicit_mesh(x.array, *([] if is_packed(node.w) else [node.w]))
     how = {"precision": eqn.params["precision"], "preferred_element_type": eqn.params["preferred_element_type"]}
     for term in node.terms:
         if term.tap is not None:
@@ -284,7 +285,12 @@ def conv(eqn, x, node) -> jax.Array:
     reads = {in_dim, *window}
     if any(t.g is not None and reads.intersection(t.g.dims) for t in node.terms):
         raise Decline("a scale along the window of a convolution")
-    y = compat.bind(eqn, [x, node.w])[0]
+
+
+    def base(x: jax.Array) -> jax.Array:
+        return product(lambda w, x: compat.bind(eqn, [x, w])[0], node.w, x)
+
+    y = base(x)
     result: tuple[int, ...] = tuple(out_dim if i == channel else FREE + i for i in range(jnp.ndim(x)))
     x, scales, redo = _split_scales(node, Labelled(x, tuple(FREE + i for i in range(jnp.ndim(x)))), reads, result)
     if scales is not None:
@@ -293,7 +299,7 @@ def conv(eqn, x, node) -> jax.Array:
     for term in node.terms:
         xt = dropped(term, x) if (term.a is not None or term in redo) else x
         if term in redo:  # as in dot_general
-            y = y + scale(compat.bind(eqn, [xt.array, node.w])[0], term.g.spread(result) - 1)
+            y = y + scale(base(xt.array), term.g.spread(result) - 1)
         term = unrouted(term)
         if term.a is None or term.b is None:
             continue
@@ -331,7 +337,7 @@ def gather(eqn, node, indices) -> jax.Array | Bound:
     if p.operand_batching_dims or not indexed.issubset(p.collapsed_slice_dims) or any(
             sizes[d] != node.shape[d] for d in rest):
         raise Decline("a gather of windows or with batched tables")
-    w = compat.bind(eqn, [node.w, indices])[0]
+    w = moved(eqn, node.w, indices)[0]
     batch = tuple(i for i in range(w.ndim) if i not in p.offset_dims)
     names = dict(zip(rest, p.offset_dims, strict=True))
 
@@ -382,7 +388,7 @@ def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
         raise Decline("ragged_dot with batch dimensions or a ragged contraction")
     group, contracted = numbers.rhs_group_dimensions[0], nc[0]
     out = next(d for d in range(node.ndim) if d not in (group, contracted))
-    y = compat.bind(eqn, [x, node.w, *sizes])[0]
+    y = product(lambda w, x: compat.bind(eqn, [x, w, *sizes])[0], node.w, x)
     for term in map(unrouted, node.terms):
         if term.g is not None or (term.key is not None and term.key.dims):
             raise Decline("a scale or a dropout per expert in ragged_dot")

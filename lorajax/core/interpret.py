@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lorajax.core import compat, contract, structure
 from lorajax.core.bound import RANK, Factor, dense, is_bound
+from lorajax.core.packed import is_packed
 from lorajax.core.structure import Decline
 
 Report = Callable[[str, str, str, str], None]
@@ -103,6 +104,14 @@ class Interpreter:
         self.report(str(value.path), name, line, why)
         return dense(value)
 
+    def sliceable(self, node: Any, eqn: Any) -> Any:
+        """The weight of a scanned node; a packed one stays packed where its stored arrays have dimension 0."""
+        rows = node.w.rows() if is_packed(node.w) else node.w
+        if rows is None:
+            self.report(str(node.path), "scan", self.line(eqn),
+                        "a quantised weight in an order that no scan can slice")
+        return node.w.dense() if rows is None else rows
+
 
 def _settle(value: Any) -> Any:
     """A weight that slicing left with a factor along no dimension is a vector: no larger dense than its factors."""
@@ -177,7 +186,7 @@ def _scan(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 
     def attempt(values):
         consts, carry, xs = values[:n_consts], values[n_consts:n_consts + n_carry], values[n_consts + n_carry:]
-        rows = [_Rows(x, p["length"]) for x in xs]
+        rows = [_Rows(self, eqn, x) for x in xs]
 
         def body(carry, sliced):
             out = self.inside(p["jaxpr"], [*consts, *carry, *[r.put(s) for r, s in zip(rows, sliced, strict=True)]])
@@ -195,11 +204,11 @@ def _scan(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 class _Rows:
     """A scanned operand: the leaves that run along dimension 0 are sliced, the others (a shared A) stay outside."""
 
-    def __init__(self, x: Any, length: int):
+    def __init__(self, run: Interpreter, eqn: Any, x: Any):
         self.node = x if is_bound(x) else None
         self.sliced = x
         if is_bound(x):
-            self.sliced = (x.w, [_lead(f) if 0 in f.dims else None for f in x.factors()])
+            self.sliced = (run.sliceable(x, eqn), [_lead(f) if 0 in f.dims else None for f in x.factors()])
 
     def put(self, sliced: Any) -> Any:
         """The operand inside the body, from this iteration's slices."""
@@ -268,19 +277,23 @@ def _shard_map(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[A
     p = eqn.params
     values = list(map(_plain, values))
 
-    def spec(value, full):
+    def spec(i, full):
+        value = values[i]
         if not is_bound(value):
             return full
         entries = [*full, *[None] * (value.ndim - len(full))]
+        if is_packed(value.w):
+            w, full = value.w.placed(entries, p["mesh"].shape)
+            values[i] = value.map(w, lambda f: f)
         return value.map(full, lambda f: Factor(PartitionSpec(*[None if d == RANK else entries[d] for d in f.dims]),
                                                  f.dims))
 
     def body(*args):
         return [self.merge(v, eqn, "a shard_map returns it") for v in self.closed(p["jaxpr"], args)]
 
-    mapped = jax.shard_map(body, mesh=p["mesh"], in_specs=tuple(map(spec, values, p["in_specs"])),
-                           out_specs=list(p["out_specs"]), check_vma=p["check_vma"],
-                           axis_names=compat.manual_axes(eqn))
+    in_specs = tuple(spec(i, full) for i, full in enumerate(p["in_specs"]))
+    mapped = jax.shard_map(body, mesh=p["mesh"], in_specs=in_specs, out_specs=list(p["out_specs"]),
+                           check_vma=p["check_vma"], axis_names=compat.manual_axes(eqn))
     return mapped(*values)
 
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorajax.core.bound import RANK, Factor, Number, Term
+from lorajax.core.packed import unpacked
 from lorajax.core.sites import Site
 from lorajax.core.variant import Factors
 
 
 def matrix(site: Site, w: jax.Array) -> jax.Array:
-    """A leaf of the site's shape as (stack..., in, out)."""
-    order = (*site.stack_axes, *site.in_axes, *site.out_axes)
+    """A leaf of the site's shape, packed or not, as (stack..., in, out)."""
+    order, w = (*site.stack_axes, *site.in_axes, *site.out_axes), unpacked(w)
     w = w if order == tuple(sorted(order)) else lax.transpose(w, order)
     shape = (*site.stack_shape, site.n_in, site.n_out)
     return w if w.shape == shape else lax.reshape(w, shape)

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from lorajax.core.bound import is_bound
+from lorajax.core.bound import Bound, is_bound
 from lorajax.core.interpret import Interpreter
+from lorajax.core.packed import is_packed
 
 
 class MaterialisedWeight(UserWarning):
@@ -38,7 +39,8 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def lifted(*args, **kwargs):
-        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_bound)
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: is_bound(x) or is_packed(x))
+        leaves = [Bound(x, (), "a weight without an adapter") if is_packed(x) else x for x in leaves]
         slots = [i for i, leaf in enumerate(leaves) if is_bound(leaf)]
         if not slots:
             return fn(*args, **kwargs)
@@ -50,7 +52,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
             args, kwargs = jax.tree.unflatten(tree, filled)
             return fn(*args, **kwargs)
 
-        jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*[leaves[i].w for i in slots])
+        jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*[_like(leaves[i].w) for i in slots])
 
         def report(*place: str) -> None:
             path, operation, line, why = place
@@ -68,3 +70,8 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return lifted
+
+
+def _like(w: Any) -> Any:
+    """What the function is traced with in a weight's place."""
+    return jax.ShapeDtypeStruct(w.shape, w.dtype) if is_packed(w) else w

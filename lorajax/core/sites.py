@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorajax.core.packed import Packed, is_packed
 from lorajax.core.walk import Activation, Findings, Product, Use, View, walk
 
 ATTENTION = frozenset({"query", "key", "value", "output"})
@@ -132,8 +133,9 @@ def path_of(keys: Any) -> str:
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
-    """(path -> leaf in tree order, treedef). ValueError if two leaves share a path."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    """(path -> leaf in tree order, treedef). A packed weight is one leaf. ValueError if two leaves share a path."""
+    one = is_packed if is_leaf is None else lambda x: is_packed(x) or is_leaf(x)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=one)
     named = {path_of(keys): leaf for keys, leaf in flat}
     if len(named) != len(flat):
         raise ValueError("two leaves of the params tree have one path: rename a key")
@@ -141,14 +143,14 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[di
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct, Packed))
 
 
 def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
     """Finds the adaptable weights of ``fn(params, *args, **kwargs)`` from one abstract trace: no FLOPs, no memory.
 
-    fn: any JAX function, for example a Flax `model.apply`. params: pytree of arrays or `jax.ShapeDtypeStruct`s (for
-    Linen, the whole variables dict that `apply` takes). args: likewise, or anything static.
+    fn: any JAX function, for example a Flax `model.apply`. params: pytree of arrays, quantised weights or
+    `jax.ShapeDtypeStruct`s (for Linen, the whole variables dict that `apply` takes). args: likewise, or what is static.
     """
     named, tree = by_path(params)
     for path, leaf in named.items():

@@ -17,6 +17,7 @@ from jax import lax
 
 from lorajax.core import compat
 from lorajax.core.bound import RANK, Bound, Factor, Term
+from lorajax.core.packed import moved
 
 
 class Decline(Exception):
@@ -25,11 +26,11 @@ class Decline(Exception):
 
 def transpose(eqn, node: Bound) -> Bound:
     perm = eqn.params["permutation"]
-    return node.map(lax.transpose(node.w, perm), lambda f: rename(f, {old: new for new, old in enumerate(perm)}))
+    return node.map(moved(eqn, node.w)[0], lambda f: rename(f, {old: new for new, old in enumerate(perm)}))
 
 
 def squeeze(eqn, node: Bound) -> Bound:
-    return node.map(lax.squeeze(node.w, eqn.params["dimensions"]), lambda f: drop(f, eqn.params["dimensions"]))
+    return node.map(moved(eqn, node.w)[0], lambda f: drop(f, eqn.params["dimensions"]))
 
 
 def drop(f: Factor, gone: Sequence[int]) -> Factor:
@@ -52,7 +53,7 @@ def expand(eqn, node: Bound) -> Bound:
         array = lax.squeeze(f.array, [i for i, d in enumerate(f.dims) if d in stretched])
         return rename(Factor(array, tuple(d for d in f.dims if d not in stretched)), names)
 
-    return node.map(compat.bind(eqn, [node.w])[0], change)
+    return node.map(moved(eqn, node.w)[0], change)
 
 
 def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -91,7 +92,7 @@ def reshape(eqn, node: Bound) -> Bound:
         return Factor(lax.reshape(array, [new[d] for d in names] + rank), (*names, *[RANK] * len(rank)))
 
     plan = groups(old, new)
-    return node.map(compat.bind(eqn, [node.w])[0], change)
+    return node.map(moved(eqn, node.w)[0], change)
 
 
 def _ranks(have: Sequence[int], want: Sequence[int]) -> list[int]:
@@ -108,7 +109,7 @@ def slice_(eqn, node: Bound) -> Bound:
                 f = Factor(lax.slice_in_dim(f.array, start[d], limit[d], strides[d], axis), f.dims)
         return f
 
-    return node.map(compat.bind(eqn, [node.w])[0], change)
+    return node.map(moved(eqn, node.w)[0], change)
 
 
 def dynamic_slice(eqn, node: Bound, *starts) -> Bound:
@@ -120,7 +121,7 @@ def dynamic_slice(eqn, node: Bound, *starts) -> Bound:
                 f = Factor(lax.dynamic_slice_in_dim(f.array, starts[d], sizes[d], axis), f.dims)
         return f
 
-    return node.map(compat.bind(eqn, [node.w, *starts])[0], change)
+    return node.map(moved(eqn, node.w, *starts)[0], change)
 
 
 def split(eqn, node: Bound) -> list[Bound]:
@@ -133,11 +134,11 @@ def split(eqn, node: Bound) -> list[Bound]:
         bounds = int(offsets[k]), int(offsets[k + 1])
         return Factor(lax.slice_in_dim(f.array, *bounds, axis=f.dims.index(axis)), f.dims)
 
-    return [node.map(w, functools.partial(part, k=k)) for k, w in enumerate(compat.bind(eqn, [node.w]))]
+    return [node.map(w, functools.partial(part, k=k)) for k, w in enumerate(moved(eqn, node.w))]
 
 
 def rev(eqn, node: Bound) -> Bound:
-    return node.map(compat.bind(eqn, [node.w])[0], lambda f: Factor(
+    return node.map(moved(eqn, node.w)[0], lambda f: Factor(
         lax.rev(f.array, [i for i, d in enumerate(f.dims) if d in eqn.params["dimensions"]]), f.dims))
 
 
@@ -146,17 +147,17 @@ def convert(eqn, node: Bound) -> Bound:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Decline(f"conversion to {dtype}")
     terms = tuple(t._replace(a=t.a and t.a.astype(dtype), b=t.b and t.b.astype(dtype)) for t in node.terms)
-    return Bound(compat.bind(eqn, [node.w])[0], terms, node.path)
+    return Bound(moved(eqn, node.w)[0], terms, node.path)
 
 
 def everywhere(eqn, node: Bound) -> Bound:
     """The same operation on the weight and on each factor (copies, casts of the mesh type)."""
-    return node.map(compat.bind(eqn, [node.w])[0], lambda f: Factor(compat.bind(eqn, [f.array])[0], f.dims))
+    return node.map(moved(eqn, node.w)[0], lambda f: Factor(compat.bind(eqn, [f.array])[0], f.dims))
 
 
 def weight_only(eqn, node: Bound) -> Bound:
     """A constraint on the weight's placement; factors are left to the compiler."""
-    return node.map(compat.bind(eqn, [node.w])[0], lambda f: f)
+    return node.map(moved(eqn, node.w)[0], lambda f: f)
 
 
 def reshard(eqn, node: Bound) -> Bound:
@@ -167,7 +168,7 @@ def reshard(eqn, node: Bound) -> Bound:
         entries = [None if d == RANK else spec[d] for d in f.dims]
         return Factor(jax.sharding.reshard(f.array, compat.named(target.mesh, entries)), f.dims)
 
-    return node.map(compat.bind(eqn, [node.w])[0], change)
+    return node.map(moved(eqn, node.w)[0], change)
 
 
 def all_gather(eqn, node: Bound) -> Bound:
@@ -184,7 +185,7 @@ def all_gather(eqn, node: Bound) -> Bound:
         params = dict(eqn.params, all_gather_dimension=order.index(dim))
         return Factor(eqn.primitive.bind(array, **params), order)
 
-    return node.map(compat.bind(eqn, [node.w])[0], change)
+    return node.map(moved(eqn, node.w)[0], change)
 
 
 def reduce_sum(eqn, node: Bound) -> Bound:
@@ -203,30 +204,29 @@ def reduce_sum(eqn, node: Bound) -> Bound:
         terms.append(Term(parts[0], parts[1], s=t.s))
     renamed = Bound(node.w, tuple(terms), node.path).map(node.w, lambda f: rename(
         f, {d: d - sum(x < d for x in axes) for d in f.dims}))
-    return Bound(compat.bind(eqn, [node.w])[0], renamed.terms, node.path)
+    return Bound(moved(eqn, node.w)[0], renamed.terms, node.path)
 
 
 def negate(eqn, node: Bound) -> Bound:
-    return scaled(node, lambda x: lax.neg(x))
+    return scaled(node, moved(eqn, node.w)[0], lambda x: lax.neg(x))
 
 
-def scaled(node: Bound, times: Callable[[Any], Any]) -> Bound:
-    """A scalar multiple: of the weight and of one factor of each term; scales `g` are relative to the weight."""
-    terms = tuple(t._replace(b=t.b and Factor(times(t.b.array), t.b.dims)) for t in node.terms)
-    return Bound(times(node.w), terms, node.path)
+def scaled(node: Bound, w: Any, times: Callable[[Any], Any]) -> Bound:
+    """A scalar multiple: of the weight, `w`, and of one factor of each term; scales `g` are relative to the weight."""
+    return Bound(w, tuple(t._replace(b=t.b and Factor(times(t.b.array), t.b.dims)) for t in node.terms), node.path)
 
 
 def multiply(eqn, left, right) -> Bound:
     node, other = (left, right) if isinstance(left, Bound) else (right, left)
     if isinstance(other, Bound) or np.ndim(other) != 0:
         raise Decline("multiplied by an array, not by a number")
-    return scaled(node, lambda x: x * jnp.asarray(other, x.dtype))
+    return scaled(node, moved(eqn, node.w, other)[0], lambda x: x * jnp.asarray(other, x.dtype))
 
 
 def divide(eqn, left, right) -> Bound:
     if not isinstance(left, Bound) or isinstance(right, Bound) or np.ndim(right) != 0:
         raise Decline("divided by an array, not by a number")
-    return scaled(left, lambda x: x / jnp.asarray(right, x.dtype))
+    return scaled(left, moved(eqn, left.w, right)[0], lambda x: x / jnp.asarray(right, x.dtype))
 
 
 RULES: dict[str, Callable[..., Bound | list[Bound]]] = {

@@ -77,7 +77,8 @@ class Seen(NamedTuple):
 class Statistic(NamedTuple):
     """What a data-driven start reads of one matrix, gathered from a stream of batches by `lorajax.calibrate`.
 
-    of: "inputs", then `update` is handed a `Seen` of each batch, or "gradient", then dL/dW, (in, out) float32.
+    of: "inputs", then `update` is handed a `Seen` of each batch; "gradient", then dL/dW, (in, out) float32; or
+      "quantization", which is no data: the state is what `Variant.before_quantizing` returns.
     init: (n_in, n_out) -> state, a pytree of arrays. update: (state, what was seen) -> state.
     done: state -> () bool: further batches would change nothing.
     """
@@ -130,6 +131,13 @@ class Variant(abc.ABC):
     def statistic(self) -> Statistic | None:
         """What `init` needs to be handed as `stats`; None if it reads no data."""
         return None
+
+    def before_quantizing(self, w: jax.Array, rounded: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, Any]:
+        """(the matrix to quantise in place of `w` (in, out) float32, what `init` is then handed as `stats`), for a
+        start that chooses both together; called where `statistic` is of "quantization".
+
+        rounded: a matrix as it is after quantisation."""
+        return w, None
 
     def restore(self, adapter: Any, w: jax.Array) -> jax.Array:
         """The frozen weight that goes with an adapter's frozen arrays (the trained ones may be None), from the

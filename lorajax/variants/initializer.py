@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 
 from lorajax.core.variant import Statistic
 from lorajax.variants.kaiming import kaiming
+
+Rounded = Callable[[jax.Array], jax.Array]
+"""A matrix (in, out) float32 to what quantisation makes of it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Initializer(abc.ABC):
     def statistic(self, rank: int) -> Statistic | None:
         """What `start` reads of the data, collected by `lorajax.calibrate`; None if it reads none."""
         return None
+
+    def before_quantizing(self, w: jax.Array, rank: int, s: Any, rounded: Rounded) -> tuple[jax.Array, Any]:
+        """See `Variant.before_quantizing`."""
+        return w, None
 
     def check(self, rank: int, n_in: int, n_out: int) -> None:
         """Raises ValueError (value, limit, remedy) if this start cannot fit an (n_in, n_out) weight."""
@@ -110,6 +118,24 @@ def mean_gradient() -> Statistic:
     """The mean of dL/dW over the batches."""
     return Statistic("gradient", init=lambda n_in, n_out: MeanGradient(jnp.zeros((n_in, n_out)), jnp.zeros(())),
                      update=lambda state, g: MeanGradient(state.total + g, state.batches + 1.0))
+
+
+class Pair(NamedTuple):
+    """A: (in, rank). B: (rank, out). Both were chosen when the weight was quantised."""
+
+    A: jax.Array
+    B: jax.Array
+
+
+def quantization(rank: int) -> Statistic:
+    """A and B of a start that is made when the weight is quantised."""
+    def update(state: Any, seen: Any) -> Any:
+        raise NotImplementedError("this start reads no batches: `lorajax.quant.Plan.start` makes it")
+
+    def init(n_in: int, n_out: int) -> Pair:
+        return Pair(jnp.zeros((n_in, rank)), jnp.zeros((rank, n_out)))
+
+    return Statistic("quantization", init, update)
 
 
 def svd(key: jax.Array, w: jax.Array, q: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:

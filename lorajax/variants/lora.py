@@ -14,17 +14,19 @@ import jax.numpy as jnp
 from lorajax.core.variant import Factors, Leaf, Statistic, Variant
 from lorajax.variants.corda import CorDA
 from lorajax.variants.eva import EVA
-from lorajax.variants.initializer import Both, Embedding, Gaussian, Initializer, Kaiming, Orthogonal
+from lorajax.variants.initializer import Both, Embedding, Gaussian, Initializer, Kaiming, Orthogonal, Rounded
+from lorajax.variants.loftq import LoftQ
 from lorajax.variants.lora_ga import LoRAGA
 from lorajax.variants.lora_one import LoRAOne
 from lorajax.variants.milora import MiLoRA
 from lorajax.variants.olora import OLoRA
 from lorajax.variants.pissa import PiSSA
+from lorajax.variants.qpissa import QPiSSA
 
 INITIALIZERS: Mapping[str, type[Initializer]] = {
     "kaiming": Kaiming, "gaussian": Gaussian, "orthogonal": Orthogonal, "embedding": Embedding, "both": Both,
     "pissa": PiSSA, "milora": MiLoRA, "olora": OLoRA, "eva": EVA, "corda": CorDA, "lora_ga": LoRAGA,
-    "lora_one": LoRAOne,
+    "lora_one": LoRAOne, "loftq": LoftQ, "qpissa": QPiSSA,
 }
 """Name -> start of LoRA. A new one gets a row here, its file, a row of the conformance table, and a config."""
 
@@ -63,7 +65,8 @@ class LoRA(Variant):
         (loralib, PEFT), eva (arXiv 2410.07170);
       - A B is taken off again: pissa (arXiv 2404.02948), milora (arXiv 2406.09044), olora (arXiv 2406.01775),
         corda (arXiv 2406.05223), lora_ga (arXiv 2407.05000), both (arXiv 2602.04998);
-      - A B stays: lora_one (arXiv 2502.01235).
+      - A B stays: lora_one (arXiv 2502.01235); loftq (arXiv 2310.08659) and qpissa (arXiv 2404.02948), which are made
+        together with a quantised weight (`lorajax.quant`).
     fold: how A B is taken off. False: by frozen copies A0, B0, ``W' = W + s (A B - A0 B0)``: the base stays as it is
     and serves other adapters, at twice the rank in compute. True: from a copy of the weight, ``W - s A0 B0``, rounded
     to its dtype (PEFT): LoRA's speed, one more weight in memory if the base is needed elsewhere too. `dropout` acts on
@@ -105,6 +108,11 @@ class LoRA(Variant):
     def statistic(self) -> Statistic | None:
         """What the initializer reads of the data."""
         return self.initial.statistic(self.rank)
+
+    def before_quantizing(self, w: jax.Array, rounded: Rounded) -> tuple[jax.Array, Any]:
+        """What the initializer makes of the matrix and of A and B."""
+        with jax.default_matmul_precision("highest"):
+            return self.initial.before_quantizing(w, self.rank, self.scale, rounded)
 
     @property
     def behind(self) -> str:  # type: ignore[override]

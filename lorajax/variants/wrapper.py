@@ -31,6 +31,7 @@ class Wrapper(Variant):
     slot = property(lambda self: self.inner.slot)
     redraws = property(lambda self: self.inner.redraws)
     statistic = property(lambda self: self.inner.statistic)
+    before_quantizing = property(lambda self: self.inner.before_quantizing)
     init_shared = property(lambda self: self.inner.init_shared)
     read_shared = property(lambda self: self.inner.read_shared)
 

@@ -1,0 +1,127 @@
+"""A frozen weight that is stored as something else than one array (quantised), where a model reads the array.
+
+What is here knows no format: a `Packed` says how it is unpacked and which layout operations its stored arrays can
+follow. Every other operation waits in a `View` and is done when the weight is unpacked, at its use; the backward pass
+unpacks it once more, so that no dense copy of it lives from one to the other.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lorajax.core import compat
+
+
+class Packed(abc.ABC):
+    """A pytree node that stands for an array of `shape` and `dtype`; concrete ones are registered with JAX."""
+
+    dtype: Any
+    """Of the array that it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The array."""
+
+    def follow(self, eqn: Any, operands: Sequence[Any]) -> Packed | None:
+        """This weight after a layout operation on it, without unpacking it; None where that cannot be."""
+        return None
+
+    def rows(self) -> Packed | None:
+        """The same weight, every stored array of which runs along dimension 0 in its own dimension 0, so that a scan
+        can slice it; None where that cannot be."""
+        return None
+
+    def placed(self, entries: Sequence[Any], sizes: Any) -> tuple[Packed, Any]:
+        """(the same weight, its pytree of PartitionSpecs) where mesh axes `entries` (one per dimension) shard it by
+        hand; sizes: mesh axis -> size. ValueError where they would cut a block in two."""
+        raise ValueError(f"{type(self).__name__} of shape {self.shape} cannot be sharded by hand along {entries}")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+def is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def unpacked(w: Any) -> Any:
+    """The array that `w` is or stands for."""
+    return w.dense() if isinstance(w, Packed) else w
+
+
+@jax.tree_util.register_pytree_node_class
+class View(Packed):
+    """A packed weight and the layout operations that are still to be done on the array it stands for.
+
+    steps: (operation, which result of it) each; operands: what the operations read beside the weight, one tuple each.
+    """
+
+    def __init__(self, of: Packed, steps: tuple[tuple[Any, int], ...], operands: tuple[tuple[Any, ...], ...]):
+        self.of, self.steps, self.operands = of, steps, operands
+
+    def tree_flatten(self):
+        return (self.of, self.operands), self.steps
+
+    @classmethod
+    def tree_unflatten(cls, steps, children):
+        return cls(children[0], steps, children[1])
+
+    def dense(self) -> jax.Array:
+        w = self.of.dense()
+        for (operation, result), operands in zip(self.steps, self.operands, strict=True):
+            w = compat.bind(operation, [w, *operands])[result]
+        return w
+
+    def _like(self) -> Any:
+        return jax.eval_shape(View.dense, self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._like().shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._like().dtype
+
+
+def moved(eqn: Any, w: Any, *operands: Any) -> list[Any]:
+    """The results of a layout operation on a weight; a packed one stays packed."""
+    if not isinstance(w, Packed):
+        return list(compat.bind(eqn, [w, *operands]))
+    followed = w.follow(eqn, operands)
+    if followed is not None:
+        return [followed]
+    operation = compat.Operation(eqn.primitive, tuple(eqn.params.items()))
+    of, steps, before = (w.of, w.steps, w.operands) if isinstance(w, View) else (w, (), ())
+    like = jax.eval_shape(lambda w, *operands: compat.bind(operation, [w, *operands]),
+                          jax.ShapeDtypeStruct(w.shape, w.dtype), *operands)
+    return [View(of, (*steps, (operation, i)), (*before, operands)) for i in range(len(like))]
+
+
+def product(fn: Callable[[Any, jax.Array], jax.Array], w: Any, x: jax.Array) -> jax.Array:
+    """``fn(w, x)``. A packed weight is unpacked for it, and again for its gradient: what lives between the passes is
+    the packed weight. The barrier that `jax.checkpoint` puts before the second unpacking includes the cotangent, so
+    that the compiler can neither keep the first nor do the second early."""
+    if not isinstance(w, Packed):
+        return fn(w, x)
+    return jax.checkpoint(lambda w, x: fn(w.dense(), x))(w, x)
