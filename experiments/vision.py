@@ -64,8 +64,7 @@ def main(argv: list[str]) -> None:
     if resumed:
         adapt, trainable, frozen = start.read(c, adapt, model, folder / "start")
     else:
-        real = lambda batch: batch["weight"]  # noqa: E731
-        adapt, trainable, frozen = start.make(c, adapt, model, loss, batches["train"], adapter_key, real)
+        adapt, trainable, frozen = start.make(c, adapt, model, loss, batches["train"], adapter_key, real(c, model))
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
@@ -185,6 +184,14 @@ def plan(c: Any, model: build.Model, images: jax.Array) -> lj.Adapt:
     statistics: list[Any] = [("batch_stats/.*", None)] if "batch_stats" in model.variables else []
     sites = lj.sites(model.net.apply, model.variables, images)
     return lj.adapt(sites, [*statistics, *build.rules(c, model)])
+
+
+def real(c: Any, model: build.Model) -> Any:
+    # For starts that read the inputs of matmuls: 1 for the tokens of an image, 0 in empty rows.
+    patch = getattr(model.net.config, "patch_size", None)
+    tokens = 1 + (c.size // patch) ** 2 if patch else 0
+    whole = lambda batch: jnp.broadcast_to(batch["weight"][:, None], (len(batch["weight"]), tokens))  # noqa: E731
+    return whole if tokens else None
 
 
 def make_loss(forward: Any, task: data.Task, c: Any) -> Any:

@@ -41,7 +41,7 @@ def by_importance(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batch
 
 
 def make(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, key: jax.Array,
-         mask: Callable[[Any], jax.Array], place: Placement = LOCAL) -> tuple[Adapt, dict[str, Any], Any]:
+         mask: Callable[[Any], jax.Array] | None, place: Placement = LOCAL) -> tuple[Adapt, dict[str, Any], Any]:
     """(adapt, trainable, frozen) at step 0, where `place` has them. A start that reads data gets the first
     `config.calibrate.batches`; `loss` is then without dropout, and `mask` says which tokens count. Ranks may have moved
     (EVA)."""

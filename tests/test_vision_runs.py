@@ -19,6 +19,7 @@ import lorajax as lj
 from experiments import vision
 from experiments.pixels import MEAN, STD, augmented, prepared
 from lorajax import build, config, start
+from lorajax.data import ImageBatches, Images
 from lorajax.io.hf import save_checkpoint
 from lorajax.models import ResNet, ResNetConfig, ViT, ViTConfig, params_to_hf
 from lorajax.shard.placement import LOCAL
@@ -195,6 +196,27 @@ def test_a_step_that_is_not_finite_names_step_and_site(files, tmp_path):
 
 
 # --- methods ---
+
+
+def test_a_start_that_reads_inputs_reads_no_empty_rows(files):
+    """EVA's A is the same, but for signs, from a batch of six images and from them with two empty rows."""
+    flags = ("--config.flip=false", "--config.calibrate.redistribute=false")
+    argv = words(files, "", "vit", f":model={files[0]},variant=eva,rank=2", *flags, "--config.pad=0")
+    c = config.parse(argv, workdir="").config
+    found = vision.load_data(c)
+    model = vision.load_model(c, found.task, jax.random.key(0), "")
+    adapt = vision.plan(c, model, jnp.zeros((2, 8, 8, 3)))
+    loss = vision.make_loss(lj.lift(model.net.apply), found.task, c)
+    six = Images(found.splits["train"].pixels[:6], found.splits["train"].labels[:6])
+
+    def started(rows):
+        batches = ImageBatches(six, rows, shuffle=False)
+        return start.make(c, adapt, model, loss, batches, jax.random.key(0), vision.real(c, model))[1]
+
+    whole, padded = started(6), started(8)
+    for path in [path for path, x in whole.items() if hasattr(x, "A")]:
+        np.testing.assert_allclose(jnp.abs(whole[path].A), jnp.abs(padded[path].A), atol=1e-4)
+    assert vision.real(c, model._replace(net=ResNet(ResNetConfig()))) is None  # a convolution's inputs are not read
 
 
 REFUSED = {"hydralora": "routes tokens that a matmul reads", "ia3": "matches no path", "vb_lora": "does not divide",
