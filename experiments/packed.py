@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from lorajax import build, config, data, sweep
 from lorajax.control import Controller
 from lorajax.core.sites import by_path
 from lorajax.data.feed import ahead, calls
-from lorajax.io import adapter
 from lorajax.models import adapter_names
+from lorajax.shard import hosts
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.train.pack import Pack, Parts, make_packed_eval, make_packed_step, pack, unpack, widen
 from lorajax.train.progress import Progress
@@ -52,9 +53,13 @@ def train(group: sweep.Group, stop: Any) -> None:
     found = build.load_data(c)
     members, make, model, total = assemble(group, c, found)
     predict = lj.lift(model.net.apply)
-    step_fn = make_packed_step(make, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call)
-    evaluate = make_packed_eval(lambda bound, batch: predict(bound, *glue.inputs(batch)), make)
-    packed = pack([(m.state, m.frozen, numbers(group, m.launch)) for m in members])
+    # On a mesh runs lie along `trial`. Where they do not fill it, the last one stands in the empty places, inactive.
+    place, width = model.place, model.place.sizes.get("trial", 1)
+    all_ = members + members[-1:] * (-len(members) % width)
+    packed, where = spread(pack([(m.state, m.frozen, numbers(group, m.launch)) for m in all_]), members[0].adapt, place)
+    step_fn = make_packed_step(make, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call,
+                               shardings=where and (where, place.whole))
+    evaluate = make_packed_eval(lambda bound, batch: predict(bound, *glue.inputs(batch)), make, place.whole)
 
     names = hashlib.sha256(json.dumps(sorted(str(m.folder) for m in members)).encode()).hexdigest()[:16]
     folder = Path(group.launches[0].options["workdir"]) / c.study / "packs" / names
@@ -66,56 +71,63 @@ def train(group: sweep.Group, stop: Any) -> None:
         saved = stack.enter_context(Checkpoints(folder))
         lost: dict[int, str] = {}  # runs that came to nothing, and why: they stand still from there
         best: list[dict[str, Any]] = [{"step": 0, "scores": {}, "views": {}} for _ in members]
+        chosen = where and (where.trainable, where.control)
+        choose = jax.jit(better_of, out_shardings=chosen)
         kept = jax.tree.map(jnp.copy, (packed.state.trainable, packed.state.control))
         step = 0
         if saved.latest() is not None:
-            (state, kept), where = saved.restore((packed.state, kept))
-            packed, best, step = packed._replace(state=state), where["best"], where["step"]
-            lost = {int(i): why for i, why in where["lost"].items()}
+            (state, kept), told = saved.restore((packed.state, kept))
+            packed, best, step = packed._replace(state=state), told["best"], told["step"]
+            lost = {int(i): why for i, why in told["lost"].items()}
         for run in runs:
             run.rewind(step)
 
         n, epoch = c.steps_per_call, len(members[0].batches["train"])
         eval_every, log_every = (build.every(p, epoch, n) for p in (c.eval_every, c.log_every))
-        makers = [calls(m.batches["train"], accumulate=c.accumulate, steps_per_call=n) for m in members]
-        made = lambda step: jax.device_put(side_by_side([one(step) for one in makers]))  # noqa: E731
-        with Progress(total, done=step) as bar:
+        share, rows = place.share(c.batch, c.accumulate), c.batch // c.accumulate
+        lead = 1 + (n > 1) + (c.accumulate > 1)
+        makers = [calls(m.batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n) for m in all_]
+        made = lambda step: place.batch(side_by_side([one(step) for one in makers]), lead, rows, trial=True)  # noqa: E731
+        with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
             for start, batch in ahead(made, range(step, total, n)):
-                active = np.array([i not in lost for i in range(len(members))])
+                active = np.array([i not in lost and i < len(members) for i in range(len(all_))])
                 packed, metrics = step_fn(packed, batch, active)
                 step = start + n
                 bar.update(n, examples=n * c.batch * len(members))
                 if step % log_every == 0:
                     last = jax.device_get(jax.tree.map(lambda x: x[:, -1] if n > 1 else x, metrics))
-                    lost = {int(i): f"step {step} was not finite" for i in np.flatnonzero(~last["finite"])} | lost
+                    broken = np.flatnonzero(~last["finite"][:len(members)])
+                    lost = {int(i): f"step {step} was not finite" for i in broken} | lost
                     for i, run in enumerate(runs):
                         if i in lost:
                             continue
                         run.log(step, {k: last[k][i] for k in sorted(last) if k not in ("finite", "weight")})
                 if step % eval_every == 0 or step == total:
-                    scores = score(evaluate, packed, None, found, members[0].batches)
+                    scores = score(evaluate, packed, None, found, members[0].batches, place)[:len(members)]
                     lost = {i: f"step {step}: {s}" for i, s in enumerate(scores) if isinstance(s, str)} | lost
-                    views = further(evaluate, packed, found, members)
-                    improved = np.zeros(len(members), bool)
+                    views = further(evaluate, packed, found, members, place)
+                    control = hosts.fetch(packed.state.control)
+                    improved = np.zeros(len(all_), bool)
                     for i, (m, run) in enumerate(zip(members, runs, strict=True)):
                         if i in lost:
                             continue
-                        extra = m.controller.report(unpack(packed.state.control, i))
+                        extra = m.controller.report(unpack(control, i))
                         run.log(step, scores[i] | glue.flat(views[i]) | extra, prefix="eval/")
                         better = scores[i][found.task.headline] > best[i]["scores"].get(found.task.headline, -np.inf)
                         if better and step >= m.controller.settled:
                             improved[i] = True
                             best[i] = {"step": step, "scores": scores[i], "views": views[i]}
-                    kept = choose(jnp.asarray(improved), (packed.state.trainable, packed.state.control), kept)
-                if step % eval_every == 0 or step == total or stop:
-                    where = {"best": best, "step": step, "lost": {str(i): why for i, why in lost.items()}}
-                    saved.save(step, (packed.state, kept), where)
+                    kept = choose(improved, (packed.state.trainable, packed.state.control), kept)
+                leaving = stop.now()
+                if step % eval_every == 0 or step == total or leaving:
+                    told = {"best": best, "step": step, "lost": {str(i): why for i, why in lost.items()}}
+                    saved.save(step, (packed.state, kept), told)
                 if stop:
                     saved.wait()
                     return
 
         seconds = bar.elapsed / len(members)
-        steps = np.asarray(packed.state.step)
+        steps, kept = np.asarray(hosts.fetch(packed.state.step)), hosts.fetch(kept)
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         for i, (m, run) in enumerate(zip(members, runs, strict=True)):
@@ -124,8 +136,8 @@ def train(group: sweep.Group, stop: Any) -> None:
                 continue
             trainable, state = unpack(kept, i)
             trainable = narrow(trainable, m.adapt.plan)
-            adapter.save(m.folder / "adapter", m.adapt, trainable, m.frozen, base=model.fingerprint,
-                         names=adapter_names(model.net.config), task_type="SEQ_CLS")
+            glue.save(m.folder / "adapter", m.adapt, trainable, m.frozen, base=model.fingerprint,
+                      names=adapter_names(model.net.config), task_type="SEQ_CLS")
             told = {"seconds": round(seconds, 1), "packed_with": len(members) - 1}
             extra = m.controller.report(state)
             run.finish(glue.summary(m.launch, found.task, best[i], total, baselines, m.trained, extra) | told)
@@ -167,7 +179,8 @@ def assemble(group: sweep.Group, c: ConfigDict, found: build.Data) -> Any:
             sites = lj.sites(model.net.apply, model.variables, *glue.inputs(batches["train"].batch(0, 0)))
             flat, _ = by_path(model.variables)
         adapt = lj.adapt(sites, build.rules(own, model))
-        trainable, frozen = jax.jit(adapt.init)(adapter_key, loaded.variables)
+        place = model.place
+        trainable, frozen = jax.jit(adapt.init, out_shardings=place.adapters(adapt))(adapter_key, loaded.variables)
         frozen = frozen._replace(base={path: flat[path] for path in frozen.base})
         trained = sum(x.size for x in jax.tree.leaves(trainable))
         tx, controller = build.optimizer(own, adapt, model, total), build.controller(own, adapt, total)
@@ -195,22 +208,30 @@ def assemble(group: sweep.Group, c: ConfigDict, found: build.Data) -> Any:
     return members, make, model, total
 
 
+def spread(packed: Pack, adapt: Any, place: Any) -> tuple[Pack, Any]:
+    # The pack on the mesh, and the shardings of its state; None without a mesh.
+    where = place.pack(adapt, (packed.state, packed.own, packed.values))
+    if where is None:
+        return packed, None
+    state, own, values = jax.jit(lambda x: x, out_shardings=where)((packed.state, packed.own, packed.values))
+    return packed._replace(state=state, own=own, values=values), where[0]
+
+
 def side_by_side(batches: list[Any]) -> Any:
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
-@jax.jit
-def choose(improved: jax.Array, new: Any, old: Any) -> Any:
+def better_of(improved: jax.Array, new: Any, old: Any) -> Any:
     pick = lambda n, o: jnp.where(improved.reshape(-1, *[1] * (n.ndim - 1)), n, o)  # noqa: E731
     return jax.tree.map(pick, new, old)
 
 
-def score(evaluate: Any, packed: Pack, masks: Any, found: build.Data, batches: Any) -> list[Any]:
+def score(evaluate: Any, packed: Pack, masks: Any, found: build.Data, batches: Any, place: Any) -> list[Any]:
     # Of each run; in place of the scores of a run whose outputs are not finite, a text that says so.
     scores: list[Any] = [{} for _ in range(len(packed.state.step))]
     for split in (name for name in found.splits if name != "train"):
         passed = list(batches[split].epoch())
-        outputs = np.concatenate(jax.device_get([evaluate(packed, batch, masks) for batch in passed]), 1)
+        outputs = np.concatenate(jax.device_get([evaluate(packed, place.batch(batch), masks) for batch in passed]), 1)
         label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
         prefix = "" if split == found.task.evaluation[0] else f"{split}_"
         for i, mine in enumerate(scores):
@@ -222,12 +243,15 @@ def score(evaluate: Any, packed: Pack, masks: Any, found: build.Data, batches: A
     return scores
 
 
-def further(evaluate: Any, packed: Pack, found: build.Data, members: list[Member]) -> list[dict[str, Any]]:
-    each = [m.controller.views(unpack(packed.state.control, i)) for i, m in enumerate(members)]
+def further(evaluate: Any, packed: Pack, found: build.Data, members: list[Member], place: Any) -> list[dict[str, Any]]:
+    control, count = hosts.fetch(packed.state.control), len(packed.state.step)
+    each = [m.controller.views(unpack(control, i)) for i, m in enumerate(members)]
+    each += each[-1:] * (count - len(each))
     rows: list[dict[str, Any]] = [{} for _ in members]
     for name in each[0]:
         masks = jax.tree.map(lambda *xs: jnp.stack(xs), *[views[name] for views in each])
-        for row, mine in zip(rows, score(evaluate, packed, masks, found, members[0].batches), strict=True):
+        scored = score(evaluate, packed, masks, found, members[0].batches, place)[:len(members)]
+        for row, mine in zip(rows, scored, strict=True):
             row[name] = mine
     return rows
 
@@ -255,5 +279,7 @@ def folder_of(launch: config.Launch) -> Path:
 
 
 def record(folder: Path, reason: str) -> None:
+    if not hosts.writes():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "failed.json", {"reason": reason})

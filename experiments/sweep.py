@@ -1,16 +1,17 @@
 """Trains every run of a study, side by side where one program can: same base, stacked adapters.
 
     python -m experiments.sweep --config configs/studies/rank_sweep.py[:task=...] [--workdir=runs] [--pack=32]
-                                [--slice=i/n] [--dry-run]
+                                [--slice=i/n] [--dry-run] [--trial=-1]
+                                [--coordinator=host:port --processes=2 --process=0]
 
 A run's folder is the one that `experiments.glue` would make of the same settings, and its numbers are the same. What is
 finished is skipped, so the same command goes on after an interruption (exit code 75). pack: runs that train together
 (0: up to 32; half as many when the device's memory is not enough). slice: this host's part of the study, for hosts that
-share nothing.
+share nothing. trial: devices among which the runs of a pack are shared out (-1: all), for one program on all devices of
+one host or of several.
 """
 
 import json
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 from experiments import glue, packed
 from experiments.packed import RANKS, folder_of, record
 from lorajax import build, config, report, sweep
+from lorajax.shard import hosts
 from lorajax.train.compiled import compile_cache
 from lorajax.train.run import EXIT_INTERRUPTED, stop_on_signal
 
@@ -32,14 +34,18 @@ RANKED, ELEMENTWISE = ("lora",), ("adamw", "lora_plus", "lora_fa")
 
 
 def main(argv: list[str]) -> None:
-    options = {"config": "", "workdir": "runs", "pack": 0, "slice": "0/1", "dry_run": False}
+    options = {"config": "", "workdir": "runs", "pack": 0, "slice": "0/1", "dry_run": False, "trial": 1, **hosts.FLAGS}
     asked = flags(argv, options)
+    hosts.start(**{name: asked[name] for name in hosts.FLAGS})
     trials = sweep.part(sweep.load_study(asked["config"]), asked["slice"])
+    if asked["trial"] != 1:
+        trials = [trial | {"mesh.trial": asked["trial"]} for trial in trials]
     launches = [sweep.launch(trial, workdir=asked["workdir"], resume=True) for trial in trials]
     compile_cache()
     todo = [one for one in launches if not done(folder_of(one))]
     groups = plan(todo, asked["pack"])
     describe(launches, todo, groups)
+    hosts.wait("plan")  # of what there is before anyone adds to it
     if asked["dry_run"]:
         return
     began, finished = time.monotonic(), 0
@@ -167,7 +173,4 @@ def table(launches: list[config.Launch]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except glue.EXPLAINED as error:
-        raise SystemExit(f"error: {error}") from None
+    hosts.run(main, glue.EXPLAINED)

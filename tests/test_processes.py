@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def start(count: int, *words: str, devices: int = 2, program: tuple[str, ...] = 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
                         "PYTHONPATH": str(TESTS.parent), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # fmt: skip
     if count > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}

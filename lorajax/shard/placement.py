@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorajax.core.adapt import Adapt, Frozen
-from lorajax.shard.follow import adapter_specs, state_specs
+from lorajax.shard.follow import REPLICATED, adapter_specs, state_specs
 from lorajax.shard.mesh import BATCH, MeshError
 from lorajax.shard.rules import REST, Rule, described, present, specs
 
@@ -56,6 +56,19 @@ class Placement:
             return None
         trainable, _ = adapter_specs(adapt, self.specs(adapt.sites.leaves), self.sizes)
         return self._named(state_specs(state, adapt.shapes[0], trainable))
+
+    def pack(self, adapt: Adapt, packed: Any) -> Any:
+        """Shardings of (state, own frozen arrays, numbers), whose dimension 0 is the runs of a pack: each run's part
+        lies as that run's would, on its share of the devices."""
+        if self.mesh is None:
+            return None
+        state, own, values = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), packed)
+        trainable, frozen = adapter_specs(adapt, self.specs(adapt.sites.leaves), self.sizes)
+        shapes = adapt.shapes
+        found = (state_specs(state, shapes[0], trainable), state_specs(own, shapes[1].aux, frozen.aux),
+                 jax.tree.map(lambda _: REPLICATED, values))
+        trial = present("trial", self.sizes)
+        return self._named(jax.tree.map(lambda spec: PartitionSpec(trial, *spec), found, is_leaf=_is_spec))
 
     @property
     def whole(self) -> NamedSharding | None:
@@ -131,7 +144,11 @@ class Placement:
         return NamedSharding(self.mesh, spec)
 
     def _named(self, tree: Any) -> Any:
-        return jax.tree.map(self._at, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        return jax.tree.map(self._at, tree, is_leaf=_is_spec)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 LOCAL = Placement()

@@ -73,13 +73,14 @@ def unpack(tree: Any, index: int) -> Any:
 
 
 def make_packed_step(
-    make: Make, *, clip: float | None = 1.0, accumulate: int = 1, steps_per_call: int = 1
+    make: Make, *, clip: float | None = 1.0, accumulate: int = 1, steps_per_call: int = 1, shardings: Any = None
 ) -> Callable[[Pack, Any, Any], tuple[Pack, dict[str, jax.Array]]]:
     """A jitted ``(pack, batches, active) -> (pack, metrics)`` of `make_step`'s arithmetic for every run at once.
 
     batches: as for `make_step`, with one more leading axis of K. active: (K,) bool; a run that is not active keeps its
     state bit for bit. metrics: those of `make_step`, each with the leading axis. A run whose step is not finite stands
-    still and touches no other.
+    still and touches no other. shardings: (of the state, of the metrics) on a mesh, along whose axis `trial` the runs
+    lie.
     """
 
     def member(state: TrainState, common: Frozen, own: Frozen, values: Any, batch: Any, active: jax.Array) -> Any:
@@ -89,13 +90,13 @@ def make_packed_step(
         after, metrics = run(state, _whole(common, own), batch)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
 
-    together = jax.vmap(member, in_axes=(0, None, 0, 0, 0, 0))
+    together = jax.vmap(member, in_axes=(0, None, 0, 0, 0, 0), spmd_axis_name=shardings and "trial")
 
     def step(state: Any, rest: Any, batches: Any, active: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         common, own, values = rest
         return together(state, common, own, values, batches, active)
 
-    jitted = jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
     def run(pack: Pack, batches: Any, active: Any) -> tuple[Pack, dict[str, jax.Array]]:
         state, metrics = jitted(pack.state, pack[1:], batches, active)
@@ -105,13 +106,15 @@ def make_packed_step(
     return run
 
 
-def make_packed_eval(predict: Callable[[Any, Any], Any], make: Make) -> Callable[..., Any]:
-    """A jitted ``(pack, batch, masks=None) -> predictions``, (K, ...): every run on the same batch, without dropout."""
+def make_packed_eval(predict: Callable[[Any, Any], Any], make: Make, sharding: Any = None) -> Callable[..., Any]:
+    """A jitted ``(pack, batch, masks=None) -> predictions``, (K, ...): every run on the same batch, without dropout.
+    sharding: of the predictions, on a mesh with an axis `trial`."""
 
     def member(trainable: Any, common: Frozen, own: Frozen, values: Any, batch: Any, masks: Any) -> Any:
         return predict(make(values).adapt.bind(trainable, _whole(common, own), masks=masks), batch)
 
-    together = jax.jit(jax.vmap(member, in_axes=(0, None, 0, 0, None, 0)))
+    each = jax.vmap(member, in_axes=(0, None, 0, 0, None, 0), spmd_axis_name=sharding and "trial")
+    together = jax.jit(each, out_shardings=sharding)
 
     def evaluate(pack: Pack, batch: Any, masks: Any = None) -> Any:
         return together(pack.state.trainable, pack.common, pack.own, pack.values, batch, masks)
