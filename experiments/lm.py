@@ -1,7 +1,8 @@
 """Fine-tunes a decoder (Llama family, GPT-2) to answer prompts, with any variant: E2E NLG, GSM8K, instructions.
 
     python -m experiments.lm --config configs/e2e.py[:variant=dora,model=smollm2,rank=4,targets=qv,smoke]
-                             [--config.lr=1e-4 ...] [--workdir=runs] [--no-resume]
+                             [--config.lr=1e-4 ...] [--workdir=runs] [--no-resume] [--config.mesh.fsdp=-1 ...]
+                             [--coordinator=host:port --processes=2 --process=0]
 
 The loss is that of the completions. The run's folder is <workdir>/<study>/<config and overrides>/seed=<n>; the same
 command again resumes it. Exit code 75: a signal came, the run is saved, the same command goes on. Exit code 1: the loss
@@ -18,12 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorajax as lj
+from experiments.glue import save
 from experiments.objective import likelihood, make_dpo, make_sft, preference, ranked, tokens
 from experiments.writing import make_writer, table, written
 from lorajax import build, config, control, data, language, start
 from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter
 from lorajax.models import adapter_names
+from lorajax.shard import hosts
+from lorajax.shard.mesh import MeshError
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
 from lorajax.train.compiled import compile_cache
@@ -33,24 +37,26 @@ from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_
 from lorajax.train.step import init_state, make_eval, make_step
 
 # Keys that change no number: a run may be resumed with other values.
-FREE = ("log_every",)
+FREE = ("log_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.trial")
 # Errors that say what to do: no traceback.
-EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, adapter.AdapterMismatch, FileNotFoundError)
+EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, adapter.AdapterMismatch, FileNotFoundError,
+             MeshError)
 # What ranks the states of a run: the mean log-probability of a held-out token, or of held-out preferences.
 RANKING = {"sft": "log_likelihood", "dpo": "preference"}
 
 
 def main(argv: list[str]) -> None:
     began = time.monotonic()
-    launch = config.parse(argv, workdir="runs", resume=True)
+    launch = config.parse(argv, workdir="runs", resume=True, **hosts.FLAGS)
     c = launch.config
     compile_cache()
+    hosts.start(**{name: launch.options[name] for name in hosts.FLAGS})
 
     # Everything below is a function of the config and of these two keys.
     adapter_key, train_key = jax.random.split(jax.random.key(c.seed))
     found = language.load_data(c)
-    model = language.load_model(c, build.compute_dtype(c))
-    task, splits = found.task, found.splits
+    model = language.load_model(c)
+    task, splits, place = found.task, found.splits, model.place
     learned = {name: language.examples(c, model, task, splits[name]) for name in ("train", task.held_out)}
     packed = data.pack(learned["train"], c.max_length, seed=c.seed) if c.packing else learned["train"]
     train, held_out = batched(c, packed, True), batched(c, learned[task.held_out])
@@ -67,15 +73,17 @@ def main(argv: list[str]) -> None:
     sites = lj.sites(model.net.apply, model.variables, train.batch(0, 0)["input_ids"])
     adapt = lj.adapt(sites, build.rules(c, model))
     folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
-    resumed = launch.options["resume"] and (folder / "start").exists()
+    resumed = hosts.agreed(launch.options["resume"] and (folder / "start").exists())
+    if place.mesh:
+        print(place.describe(sites.leaves))
     if c.ranks.budget and not resumed:
         adapt = start.by_importance(c, adapt, model, make_sft(c, model, adapt), train, adapter_key)
     adapt = build.after(c, adapt, model)
     plain = make_sft(c, model, adapt, training=False)
     if resumed:
-        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start")
+        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start", place)
     else:
-        adapt, trainable, frozen = start.make(c, adapt, model, plain, train, adapter_key, tokens)
+        adapt, trainable, frozen = start.make(c, adapt, model, plain, train, adapter_key, tokens, place)
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
@@ -87,19 +95,22 @@ def main(argv: list[str]) -> None:
     # DPO's reference is the base under the adapter, of which there is one copy.
     policy: Any = WithReference(adapt) if by_pairs else adapt
     loss = (make_dpo if by_pairs else make_sft)(c, model, adapt)
-    step_fn = make_step(
-        loss, policy, tx, controller, clip=c.clip or None, accumulate=c.accumulate, steps_per_call=c.steps_per_call
-    )
+    begin = lambda key, trainable: init_state(key, trainable, tx, controller)  # noqa: E731
+    where = place.state(adapt, jax.eval_shape(begin, train_key, trainable))
+    step_fn = make_step(loss, policy, tx, controller, clip=c.clip or None, accumulate=c.accumulate,
+                        steps_per_call=c.steps_per_call, shardings=(where, place.whole))
     both = lambda params, batch: (plain(params, batch, None)[0], jnp.sum(batch["weight"]))  # noqa: E731
-    judge, judge_base = make_eval(both, adapt), partial(jax.jit(both), model.variables)
+    judge = make_eval(both, adapt, place.whole)
+    judge_base = partial(jax.jit(both, out_shardings=place.whole), model.variables)
     if by_pairs:
         calm = make_dpo(c, model, adapt, training=False)
-        judge_pairs = make_eval(lambda params, batch: ranked(calm(params, batch, None), batch["weight"]), policy)
+        judge_pairs = make_eval(lambda params, batch: ranked(calm(params, batch, None), batch["weight"]),
+                                policy, place.whole)  # fmt: skip
 
     def evaluate(trainable: Any, frozen: Any, masks: Any = None) -> dict[str, float]:
-        scores = likelihood(partial(judge, trainable, frozen, masks=masks), held_out)
+        scores = likelihood(partial(judge, trainable, frozen, masks=masks), held_out, place)
         if by_pairs:
-            scores |= preference(partial(judge_pairs, trainable, frozen, masks=masks), held_out_pairs)
+            scores |= preference(partial(judge_pairs, trainable, frozen, masks=masks), held_out_pairs, place)
         return scores
 
     prints = {"base": model.fingerprint, "data": found.fingerprint}
@@ -116,15 +127,15 @@ def main(argv: list[str]) -> None:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
         if not resumed and (adapt.kept(frozen) or start.reads_data(c, adapt)):
-            adapter.save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
-        state = jax.jit(lambda key, trainable: init_state(key, trainable, tx, controller))(train_key, trainable)
+            save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
+        state = jax.jit(begin, out_shardings=where)(train_key, trainable)
         best: dict[str, Any] = {"step": 0, "scores": {}, "views": {}}
         if saved.latest() is not None:
             state, best = saved.restore(state)
         # ReLoRA merges into the weights as it goes: what has moved is part of the state, the base stays as it was.
         base, restart = frozen, controller.restart
         frozen = restart.rebase(base, state.control) if restart else base
-        anew = jax.jit(restart.restart if restart else lambda state: state, donate_argnums=0)
+        anew = jax.jit(restart.restart if restart else lambda state: state, donate_argnums=0, out_shardings=where)
         step = int(state.step)
         run.rewind(step)
 
@@ -133,9 +144,11 @@ def main(argv: list[str]) -> None:
         n, epoch = c.steps_per_call, len(steps)
         eval_every, save_every = (build.every(p, epoch, n) for p in (c.eval_every, c.save_every))
         log_every = build.every(c.log_every, epoch, n)
-        made = calls(steps, accumulate=c.accumulate, steps_per_call=n)
-        with Progress(total, done=step) as bar:
-            for begun, batch in ahead(lambda step: jax.device_put(made(step)), range(step, total, n)):
+        share = place.share(c.batch, c.accumulate)  # of each batch, this process' rows
+        made = calls(steps.part(share), accumulate=c.accumulate, steps_per_call=n)
+        lead, rows = (n > 1) + (c.accumulate > 1), c.batch // c.accumulate
+        with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
+            for begun, batch in ahead(lambda step: place.batch(made(step), lead, rows), range(step, total, n)):
                 state, metrics = step_fn(state, frozen, batch)
                 step = begun + n
                 if not np.all(metrics["finite"]):
@@ -162,7 +175,7 @@ def main(argv: list[str]) -> None:
                     better = scores[ranking] > best["scores"].get(ranking, -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if improved or step % save_every == 0 or step == total or stop:
+                if improved or step % save_every == 0 or step == total or stop.now():
                     saved.save(step, state, best, best=improved)
                 if stop:
                     saved.wait()
@@ -173,24 +186,25 @@ def main(argv: list[str]) -> None:
         state, _ = saved.restore(state, best["step"])
         frozen = restart.rebase(base, state.control) if restart else base
         left = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
-        adapter.save(folder / "adapter", *left, base=model.fingerprint, names=adapter_names(model.net.config),
-                     task_type="CAUSAL_LM")
-        baselines = {"base": likelihood(judge_base, held_out)}
+        save(folder / "adapter", *left, base=model.fingerprint, names=adapter_names(model.net.config),
+             task_type="CAUSAL_LM")
+        baselines = {"base": likelihood(judge_base, held_out, place)}
         forgotten: dict[str, Any] = {}
         if other:
             texts = batched(c, other)
-            before, after = (-likelihood(one, texts)["log_likelihood"]
+            before, after = (-likelihood(one, texts, place)["log_likelihood"]
                              for one in (judge_base, partial(judge, state.trainable, frozen)))  # fmt: skip
             forgotten = {"text": c.unrelated.text, "before": before, "after": after, "change": after - before}
         if c.generate >= 0:
             prompts, references = language.prompts(c, model, task, splits[task.generated])
             write = make_writer(c, model)
-            mine = written(partial(make_eval(write, adapt), state.trainable, frozen), c, model, prompts)
+            mine = written(partial(make_eval(write, adapt, place.whole), state.trainable, frozen), c, model, prompts)
             best["scores"] |= task.score(mine, references)
             if c.baseline:
-                theirs = written(partial(jax.jit(write), model.variables), c, model, prompts)
+                theirs = written(partial(jax.jit(write, out_shardings=place.whole), model.variables), c, model, prompts)
                 baselines["base"] |= task.score(theirs, references)
-            write_json(folder / "texts.json", table(model, prompts, mine, references))
+            if hosts.writes():
+                write_json(folder / "texts.json", table(model, prompts, mine, references))
         seconds = time.monotonic() - began
         report(c, task, baselines, best, forgotten, trained, seconds)
         run.finish({
@@ -226,7 +240,4 @@ def report(c: Any, task: Any, baselines: Any, best: Any, forgotten: Any, trained
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except EXPLAINED as error:
-        raise SystemExit(f"error: {error}") from None
+    hosts.run(main, EXPLAINED)

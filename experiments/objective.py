@@ -12,7 +12,8 @@ import lorajax as lj
 from experiments.neftune import noisy
 from lorajax import data, language
 from lorajax.core.bound import is_bound
-from lorajax.models.frozen_head import frozen_head_loss
+from lorajax.models.frozen_head import frozen_head_log_probs, frozen_head_loss
+from lorajax.shard.placement import LOCAL, Placement
 from lorajax.train.dpo import make_dpo_loss
 
 
@@ -38,11 +39,9 @@ def make_losses(
         kernel = head(params, model)
         if untrained and not is_bound(kernel):
             x = hidden(*args, **more, rngs=rngs)
-            mean = partial(frozen_head_loss, kernel=kernel, smoothing=smoothing)
-            if not by_row:
-                return mean(x, labels=labels, weights=weight)
-            rows = lambda row: mean(row[0], labels=row[1], weights=row[2]) * jnp.sum(row[2])  # noqa: E731
-            return jax.lax.map(rows, (x, labels, weight))
+            if by_row:
+                return -jnp.sum(frozen_head_log_probs(x, kernel, labels) * weight, axis=-1)
+            return frozen_head_loss(x, kernel, labels, weight, smoothing=smoothing)
         scores = logits(*args, **more, rngs=rngs)
         right = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
         right = (1.0 - smoothing) * right + smoothing * jnp.mean(scores, axis=-1)
@@ -88,15 +87,15 @@ def tokens(batch: data.Batch) -> jax.Array:
     return jnp.where(real & (jnp.asarray(batch["segments"]) > 0), 1.0, 0.0)
 
 
-def likelihood(judge: Any, batches: data.Batches) -> dict[str, float]:
+def likelihood(judge: Any, batches: data.Batches, place: Placement = LOCAL) -> dict[str, float]:
     # Of a token to be predicted, given those before it. judge: batch -> (mean loss, number of tokens).
-    found = np.asarray(jax.device_get([judge(batch) for batch in batches.epoch()]), np.float64)
+    found = np.asarray(jax.device_get([judge(place.batch(batch)) for batch in batches.epoch()]), np.float64)
     loss = float(np.sum(found[:, 0] * found[:, 1]) / np.sum(found[:, 1]))
     return {"log_likelihood": -loss, "perplexity": float(np.exp(loss))}
 
 
-def preference(judge: Any, batches: data.Batches) -> dict[str, float]:
+def preference(judge: Any, batches: data.Batches, place: Placement = LOCAL) -> dict[str, float]:
     # judge: batch of pairs -> (mean DPO loss, share of pairs in the right order, number of pairs).
-    found = np.asarray(jax.device_get([judge(batch) for batch in batches.epoch()]), np.float64)
+    found = np.asarray(jax.device_get([judge(place.batch(batch)) for batch in batches.epoch()]), np.float64)
     loss, right = (float(np.sum(found[:, i] * found[:, 2]) / np.sum(found[:, 2])) for i in (0, 1))
     return {"preference": -loss, "preference_accuracy": right}

@@ -38,7 +38,7 @@ def written(write: Any, c: Any, model: language.Model, prompts: Prompts) -> list
     texts = [""] * len(prompts.lengths)
     for batch in data.Batches(prompts, c.generate_batch, shuffle=False, shapes=c.shapes).epoch():
         row = batch.pop("row")
-        for i, ids in zip(row, np.asarray(write(batch)), strict=True):
+        for i, ids in zip(row, np.asarray(write(model.place.batch(batch))), strict=True):
             ends = np.flatnonzero(ids == model.end_id)
             if i >= 0:
                 texts[i] = model.tokenizer.decode(ids[: ends[0] if len(ends) else None].tolist()).strip()

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lorajax import data
+from lorajax import build, data
 from lorajax.config import ConfigError, choose
 from lorajax.core.fingerprint import fingerprint
 from lorajax.data.prompts import Prompts, encode_prompts
@@ -22,17 +23,19 @@ from lorajax.data.text_tasks import TEXT_TASKS, Pairs, TextTask, grouped, load_p
 from lorajax.data.text_tasks import fingerprint as pairs_fingerprint
 from lorajax.io import assets, gguf, hf
 from lorajax.models import GPT2Config, LlamaConfig, model_from_hf, params_from_hf
+from lorajax.shard.placement import Placement
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "initializer_range": 0.2}  # fmt: skip
+        "tie_word_embeddings": True}  # fmt: skip
 """The config of the model `tiny`: random weights, a token for each byte. For tests and smoke runs."""
 
 
 class Model(NamedTuple):
     """net, variables: a decoder as a Linen module and its pretrained parameters. fresh: paths of new parameters, none.
     tokenizer: without truncation or padding. template: its chat template, or None. begin: the text that the tokenizer
-    puts before others ('' for none); end: the token that ends a text. fingerprint: of the parameters."""
+    puts before others ('' for none); end: the token that ends a text. fingerprint: of the parameters. place: where
+    everything lies."""
 
     net: Any
     variables: dict[str, Any]
@@ -42,6 +45,7 @@ class Model(NamedTuple):
     begin: str
     end: str
     fingerprint: str
+    place: Placement
 
     @property
     def end_id(self) -> int:
@@ -79,14 +83,15 @@ def spaced(rows: Any, count: int) -> list[Any]:
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))]
 
 
-def load_model(config: ConfigDict, dtype: Any) -> Model:
-    """The model `config.args.model`: 'tiny', an alias, a path (a Hugging Face folder, a GGUF file or a folder with
-    model.gguf) or a hub id. dtype: of its computation. ConfigError for a model that is no decoder."""
+def load_model(config: ConfigDict) -> Model:
+    """The model `config.args.model`, on the mesh: 'tiny', an alias, a path (a Hugging Face folder, a GGUF file or a
+    folder with model.gguf) or a hub id. ConfigError for a model that is no decoder."""
     tensors: Any
+    dtype = build.compute_dtype(config)
     overrides: dict[str, Any] = {"dtype": dtype, "scan_layers": config.scan_layers, "remat": config.remat}
     overrides |= {"attention": config.attention} if config.attention else {}
     if config.args.model == "tiny":
-        return _tiny(overrides)
+        return _tiny(overrides, build.placement(config, str(TINY["model_type"])))
     folder = assets.resolve(config.args.model).path
     file = folder if folder.suffix == ".gguf" else folder / "model.gguf"
     if file.is_file():
@@ -101,16 +106,17 @@ def load_model(config: ConfigDict, dtype: Any) -> Model:
         end = _end(folder, settings, tokenizer, template)
     if settings.get("model_type") == "gpt2" and config.dropout >= 0:  # negative: the checkpoint's own
         overrides |= {"hidden_dropout": config.dropout, "attention_dropout": config.dropout}
-    net: Any = model_from_hf(settings, **overrides)
+    place = build.placement(config, str(settings.get("model_type")))
+    net: Any = model_from_hf(settings, **overrides, rows=place.rows())
     if not isinstance(net.config, GPT2Config | LlamaConfig):
         raise ConfigError(f"model {config.args.model!r} is a {type(net).__name__}; a language model is of the Llama "
                           f"family or a GPT-2, such as smollm2")
-    variables = params_from_hf(net.config, tensors).variables
+    variables = params_from_hf(net.config, tensors, shardings=place.base if place.mesh else None).variables
     tokenizer.no_padding()
     tokenizer.no_truncation()
     first = tokenizer.encode("").ids
     begin = tokenizer.id_to_token(first[0]) if first else ""
-    return Model(net, variables, (), tokenizer, template, begin, end, fingerprint(variables))
+    return Model(net, variables, (), tokenizer, template, begin, end, fingerprint(variables), place)
 
 
 def tiny_tokenizer() -> Any:
@@ -124,12 +130,18 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
-def _tiny(overrides: dict[str, Any]) -> Model:
+def _tiny(overrides: dict[str, Any], place: Placement) -> Model:
     tokenizer, end = tiny_tokenizer(), "<|im_end|>"
-    net: Any = model_from_hf(TINY | {"vocab_size": tokenizer.get_vocab_size()}, **overrides)
-    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    net: Any = model_from_hf(TINY | {"vocab_size": tokenizer.get_vocab_size()}, **overrides, rows=place.rows())
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    flat, rng = traverse_util.flatten_dict(shapes, sep="/"), np.random.default_rng(0)
+    where = place.base(flat) if place.mesh else {}
+    drawn = {path: np.ones(x.shape) if path.endswith("scale") else rng.normal(0, 0.2, x.shape)
+             for path, x in flat.items()}  # fmt: skip
+    made = {path: jax.device_put(x.astype(np.float32), where.get(path)) for path, x in drawn.items()}
+    variables = traverse_util.unflatten_dict(made, sep="/")
     template = data.ChatTemplate(data.CHATML, {"eos_token": end})
-    return Model(net, variables, (), tokenizer, template, "", end, fingerprint(variables))
+    return Model(net, variables, (), tokenizer, template, "", end, fingerprint(variables), place)
 
 
 def _template(folder: Path) -> data.ChatTemplate | None:

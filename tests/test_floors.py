@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # of our own places
     "library": UPPER,
     "build": UPPER | {"models", "data", "train", "calibrate", "config"},
     "start": UPPER | {"train", "calibrate"},
-    "language": UPPER | {"models", "data", "config"},
+    "language": UPPER | {"models", "data", "config", "build"},
     "config": set(),
     "sweep": {"config"},
     "report": set(),

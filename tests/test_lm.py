@@ -42,7 +42,7 @@ def summary(workdir):
 @functools.cache
 def tiny():
     """The model of smoke runs, its weights, and a jitted forward pass on rows of 128 tokens."""
-    model = language.load_model(config.parse(words(""), workdir="").config, jnp.float32)
+    model = language.load_model(config.parse(words(""), workdir="").config)
     return model, lj.sites(model.net.apply, model.variables, np.zeros((1, 4), np.int32)), jax.jit(model.net.apply)
 
 
@@ -258,6 +258,22 @@ def test_a_step_that_is_not_finite_ends_the_run(tmp_path) -> None:
     with pytest.raises(SystemExit, match="step 2 is not finite"):
         lm.main(words(tmp_path, "e2e", "", *QUICK, "--config.lr=1e30", "--config.warmup=0"))
     assert not (folder(tmp_path) / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_no_number(tmp_path) -> None:
+    """SFT, its evaluation, its texts and what it forgets on eight devices are those of one."""
+    more = ("--config.lr=1e-2", "--config.batch=8", "--config.generate_batch=8", "--config.beams=2")
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    lm.main(words(tmp_path / "one", "e2e", "", *more))
+    lm.main(words(tmp_path / "spread", "e2e", "", *more, *mesh))
+    assert folder(tmp_path / "one").parent.name == folder(tmp_path / "spread").parent.name
+    one, spread = summary(tmp_path / "one"), summary(tmp_path / "spread")
+    for part, keys in (("scores", one["scores"]), ("forgetting", ("before", "after"))):
+        for key in keys:
+            assert spread[part][key] == pytest.approx(one[part][key], rel=1e-4, abs=1e-5), key
+    texts = [(folder(tmp_path / name) / "texts.json").read_text() for name in ("one", "spread")]
+    assert texts[0] == texts[1]
 
 
 def test_every_method_is_a_variant_of_a_recipe() -> None:
