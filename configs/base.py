@@ -120,7 +120,7 @@ def method(name: str, **arguments: Any) -> ConfigDict:
     config.choose("variant", name, dict.fromkeys(files))
     get_config = importlib.import_module(f"configs.{name}").get_config
     found = get_config(None)
-    if found.study != "glue":
+    if found.get("study") != "glue":
         raise config.ConfigError(f"variant {name!r} is a recipe, not a method: name a method's file, such as lora")
     given = [f"{key}={value}" for key, value in arguments.items() if value and key in found.args]
     return get_config(",".join(given)) if given else found
