@@ -131,6 +131,17 @@ def test_packed_rows_compute_what_examples_compute_alone(name, scan_layers, vari
     assert found == 5
 
 
+def test_no_example_is_asked_for_the_next_ones_first_token():
+    """Plain text, all of it to be learned: of each example all tokens but the first are labels."""
+    text = made_up([3, 2, 4])
+    text = text._replace(completion=np.ones_like(text.completion))
+    row = Batches(pack(text, 9), 1, shapes=1).batch(0, 0)
+    by_length = [text.ids[text.offsets[i] : text.offsets[i + 1]].tolist() for i in (2, 0, 1)]
+    assert row["labels"].tolist() == [[x for ids in by_length for x in (*ids[1:], 0)]]
+    assert row["weight"].tolist() == [[1.0, 1, 1, 0, 1, 1, 0, 1, 0]]
+    assert row["segments"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3]]
+
+
 def test_chunked_loss_of_a_packed_batch():
     """`frozen_head_loss` takes labels and weights as they are."""
     packed = Batches(pack(made_up([9, 7, 5, 6, 3]), 16), 2, shapes=1).batch(0, 0)
