@@ -1,11 +1,14 @@
 """The benchmarks' counts: FLOPs near the ideal, and identical jitted layers that stay shared. No times."""
 
+import json
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import flops, mixed, setting, trace
+from experiments.bench import flops, mixed, scaling, setting, trace
 
 
 def test_flops_are_those_of_forward_activation_gradients_and_adapter_products() -> None:
@@ -39,3 +42,12 @@ def test_mixed_batches_are_timed_beside_the_base() -> None:
         assert np.abs(each - one)[1:3].max() > 1e-4 < np.abs(one - base).max()
     row = mixed.measure(runs[1], repeats=1)
     assert set(row) == {"base ms", "one adapter ms", "one per row ms", "one adapter / base", "one per row / base"}
+
+
+def test_the_scaling_table_has_a_row_for_each_layout(capsys: Any) -> None:
+    """The harness alone, on forced host devices."""
+    scaling.main(["--cases", "tiny", "--devices", "2", "--steps", "1", "--layouts", "one,fsdp"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["layout"] for row in rows] == ["one", "fsdp 2"]
+    assert all(row["ms"] > 0 and row["speedup"] > 0 for row in rows)
+    assert rows[1]["efficiency"] == pytest.approx(rows[1]["speedup"] / 2)
