@@ -1,7 +1,8 @@
-"""LoRA, DoRA and AdaLoRA trained twice: by PEFT (PyTorch) and by lorajax, from one start, on the same batches.
+r"""LoRA, DoRA and AdaLoRA trained twice: by PEFT (PyTorch) and by lorajax, from one start, on the same batches.
 
-    python -m experiments.bench.peft_agreement --tasks mrpc --seeds 1 --steps 50
-    python -m experiments.bench.peft_agreement --json agreement.json --tasks mrpc rte --seeds 5 --device cuda
+    python -m experiments.bench.peft_agreement --tasks mrpc --seeds 1 --steps 50 --config.batch=8
+    XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    python -m experiments.bench.peft_agreement --tasks mrpc rte --seeds 5 --device cuda --json agreement.json
 
 Everything but the framework is the same: the base (BertForSequenceClassification with its pooler, float32, matmuls in
 full float32), head and adapters (drawn by lorajax, handed over as a PEFT folder), batches and their order, the settings
@@ -9,8 +10,8 @@ of `configs/<method>.py` with every dropout at 0, AdamW with decay on all but bi
 clipping at norm 1, AdaLoRA's penalty and budgets. Differences that are left, all of them in the last bits: the
 order of sums; PEFT clips by (norm + 1e-6); its DoRA forms W + AB for the norms and lorajax expands them.
 
-steps: 0 is the task's recipe; `--config.KEY=VALUE` changes a setting for both sides. Needs the extra `peft`; with
-`--device cuda` both frameworks share a GPU, so set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+steps: 0 is the task's recipe; `--config.KEY=VALUE` changes a setting for both sides. Needs the extra `peft`. On a busy
+CPU set OMP_NUM_THREADS=1: PyTorch's threads spin while they wait.
 """
 
 import argparse
