@@ -12,6 +12,7 @@ import lorajax as lj
 from lorajax import compose
 from lorajax.variants import HydraLoRA, LoRA, MoLoRA
 from lorajax.variants.balance import balanced
+from lorajax.variants.given import given
 
 RNG = np.random.default_rng(5)
 X = jnp.asarray(RNG.normal(size=(3, 4, 6)), jnp.float32)
@@ -27,6 +28,11 @@ def routed(variant: Any) -> Any:
     start, frozen = adapt.init(jax.random.key(0), STACK)
     rng = np.random.default_rng(1)
     return adapt, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.7, jnp.float32), start), frozen
+
+
+def bound_of(variant: Any) -> Any:
+    adapt, trainable, frozen = routed(variant)
+    return adapt.bind(trainable, frozen)
 
 
 def weights(logits: np.ndarray, router: str, top_k: int, temperature: float) -> np.ndarray:
@@ -129,12 +135,70 @@ def test_the_balance_term_adds_its_gradient_and_leaves_padding_out(variant: Any,
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_from_outside_per_token_and_layer() -> None:
+    adapt, trainable, frozen = routed(MoLoRA(rank=2, experts=3, alpha=2.0))
+    p = jnp.asarray(RNG.uniform(size=(2, 3, 4, 3)), jnp.float32)
+    bound = adapt.bind(trainable, frozen)
+    have = jax.jit(lambda p: lj.lift(layers, strict=True)(given(bound, {"w": p}), X))(p)
+    want = np.asarray(X, np.float64)
+    a, b, _ = (np.asarray(x, np.float64) for x in trainable["w"])
+    for i in range(2):
+        each = np.stack([want @ a[i, e] @ b[i, e] for e in range(3)], -1)
+        want = np.tanh(want @ np.asarray(STACK["w"][i]) + np.sum(each * np.asarray(p[i])[..., None, :], -1))
+    np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-5)
+    same = lj.lift(layers)(given(bound, p[0]), X)
+    np.testing.assert_allclose(same, lj.lift(layers)(given(bound, {"w": jnp.stack([p[0], p[0]])}), X), atol=1e-6)
+
+
+def test_x_lora_weighs_by_what_a_first_pass_saw() -> None:
+    """Two passes by hand; only the classifier gets a gradient, and none through the first pass."""
+    adapt, trainable, frozen = routed(MoLoRA(rank=2, experts=3, alpha=2.0))
+    bound, lifted = adapt.bind(trainable, frozen), lj.lift(layers)
+    net = compose.XLoRA(6, 3, layers=2, depth=2, size=5, temperature=0.5, global_scale=2.0, placeholder=1 / 3)
+    params = net.init(jax.random.key(1))
+    run = jax.jit(lambda params, x: net.two_pass(params, lifted, lifted, adapt, bound, x))
+    have, p = run(params, X)
+    h = np.asarray(lifted(given(bound, jnp.full((3, 4, 3), 1 / 3)), X), np.float64)
+    (w1, b1), (w2, b2) = ((np.asarray(x["w"]), np.asarray(x["b"])) for x in params)
+    logits = (np.maximum(h @ w1 + b1, 0) @ w2 + b2).reshape(3, 4, 2, 3) / 0.5
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    want = np.moveaxis(2 * e / e.sum(-1, keepdims=True), 2, 0)
+    np.testing.assert_allclose(p, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(have, lifted(given(bound, {"w": jnp.float32(want)}), X), rtol=1e-4, atol=1e-5)
+
+    def frozen_first(params: Any) -> jax.Array:
+        return jnp.sum(jnp.square(lifted(given(bound, {"w": net.weights(params, jnp.float32(h))}), X)))
+
+    ours = jax.jit(jax.grad(lambda params: jnp.sum(jnp.square(run(params, X)[0]))))(params)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(jax.jit(jax.grad(frozen_first))(params)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="layers=3, and 2 matrices have experts"):
+        compose.XLoRA(6, 3, layers=3).two_pass(params, lifted, lifted, adapt, bound, X)
+
+
+def test_merging_by_likeness_is_one_weight_for_all_tokens_of_a_sequence() -> None:
+    mask = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], jnp.float32)
+    tasks = jnp.asarray(RNG.normal(size=(2, 6)), jnp.float32)
+    p = compose.by_likeness(X, mask, tasks, temperature=0.5)
+    assert p.shape == (3, 4, 2)
+    for row, m, have in zip(np.asarray(X, np.float64), np.asarray(mask), np.asarray(p), strict=True):
+        mean = row[m > 0].mean(0)
+        cosine = np.asarray([mean @ t / np.linalg.norm(mean) / np.linalg.norm(t) for t in np.asarray(tasks)])
+        want = np.exp(cosine / 0.5) / np.exp(cosine / 0.5).sum()
+        np.testing.assert_allclose(have, np.broadcast_to(want, (4, 2)), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("build", "words"), [
     (lambda: lj.adapt(SITES, [("head", MoLoRA(rank=2, experts=0))]), "experts=0 is below 1"),
     (lambda: lj.adapt(SITES, [("head", MoLoRA(rank=2, router="top"))]), "router='top' is unknown; there are softmax"),
     (lambda: lj.adapt(SITES, [("head", MoLoRA(rank=2, experts=2, top_k=3))]), r"top_k=3 is outside 0..2"),
     (lambda: lj.adapt(SITES, [("head", MoLoRA(rank=2, temperature=0.0))]), "temperature=0.0 must be above 0"),
     (lambda: balanced(PARAMS, jnp.ones(3)), "nothing in this tree has a router"),
+    (lambda: given(PARAMS, jnp.ones(3)), "nothing in this tree has experts"),
+    (lambda: given(bound_of(MoLoRA(rank=2, experts=3)), {"v": X}), "no weights for w: give every path"),
+    (lambda: lj.lift(layers)(given(bound_of(MoLoRA(rank=2, experts=3)), jnp.ones((5, 3))), X),
+     r"given as 15 numbers, and a weight reads rows of \(3, 4\)"),
+    (lambda: compose.XLoRA(4, 2, top_k=3), r"top_k=3 must be in 0..2"),
     (lambda: balanced(PARAMS, jnp.ones(3), kind="z"), "kind='z' is unknown; there are switch, cv"),
 ])
 def test_errors(build: Any, words: str) -> None:

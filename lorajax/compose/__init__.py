@@ -29,6 +29,7 @@ from lorajax.compose.shared import TaskArrays, of_task, share_a, start_shared
 from lorajax.compose.sums import Sum, TaskArithmetic
 from lorajax.compose.svd import compress
 from lorajax.compose.ties import TIES
+from lorajax.compose.xlora import XLoRA, by_likeness, centroid
 
 NAMES: Mapping[str, Callable[..., Method]] = MappingProxyType({
     "sum": Sum,
@@ -45,6 +46,7 @@ NAMES: Mapping[str, Callable[..., Method]] = MappingProxyType({
 
 __all__ = ["DARE", "FORMS", "NAMES", "TIES", "Adapter", "Composed", "Compressed", "Hierarchy", "Interference", "KnOTS",
            "Learned", "LoraHub", "MagnitudePrune", "Merged", "Method", "Orthogonal", "PEFTForm", "Pair", "Part",
-           "Plain", "Sum", "TaskArithmetic", "TaskArrays", "Trained", "arrow", "as_lora", "blended", "compose",
-           "compress", "hierarchy", "interference", "interpolate", "learn", "matching", "merge", "of_task", "separate",
-           "share_a", "start_shared", "storage", "taught", "together", "unmerge"]
+           "Plain", "Sum", "TaskArithmetic", "TaskArrays", "Trained", "XLoRA", "arrow", "as_lora", "blended",
+           "by_likeness", "centroid", "compose", "compress", "hierarchy", "interference", "interpolate", "learn",
+           "matching", "merge", "of_task", "separate", "share_a", "start_shared", "storage", "taught", "together",
+           "unmerge"]

@@ -19,7 +19,7 @@ from lorajax.variants.molora import MoLoRA, MoLoRAAdapter
 
 def arrow(adapters: Sequence[Trained], *, router: str = "arrow", top_k: int = 3, temperature: float = 1.0,
           full: Whole = None, params: Any = None) -> Adapter:
-    """``p(x) = softmax over the top k of |x v_e| / temperature`` (arXiv 2405.11157, section 4.2): v_e is the input
+    """``p(x) = softmax over the top k of |x v_e| / temperature`` (arXiv 2405.11157): v_e is the input
     direction that expert e's update stretches most, its first left singular vector (ours: W is (in, out)), found from
     its factors. The result is `MoLoRA`, whose arrays can be trained on; the paper trains nothing.
 

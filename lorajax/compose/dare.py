@@ -17,7 +17,7 @@ LINEAR = Sum()
 
 @dataclass(frozen=True)
 class DARE(Method):
-    """``tau~ = m tau / (1 - p)``, ``m ~ Bernoulli(1 - p)`` entry by entry (arXiv 2311.03099, equation 2), then `then`.
+    """``tau~ = m tau / (1 - p)``, ``m ~ Bernoulli(1 - p)`` entry by entry (arXiv 2311.03099), then `then`.
 
     p: drop rate (0.9 is the paper's usual). then: what merges the sparse updates: `Sum` (the paper's DARE with task
     arithmetic), or `TIES`, which trims what is left. Needs a key: each matrix and adapter draws from its own.

@@ -19,7 +19,7 @@ class Interference(NamedTuple):
     overlap_in, overlap_out: ``||U_i^T U_j||_F^2 / min(r_i, r_j)`` of the input (output) spaces of two updates, U an
     orthonormal basis: 0 for orthogonal spaces, 1 where one contains the other (arXiv 2106.09685, section 7.2's phi).
     cosine: of the updates as vectors. conflict: the share of entries with opposite signs, among those where neither is
-    0 (arXiv 2306.01708, figure 4): 0.5 for unrelated updates.
+    0 (arXiv 2306.01708): 0.5 for unrelated updates.
     """
 
     overlap_in: dict[str, np.ndarray]

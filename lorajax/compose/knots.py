@@ -26,8 +26,8 @@ class Aligned(NamedTuple):
 
 @dataclass(frozen=True)
 class KnOTS(Method):
-    """``[dW_1 ; dW_2 ...] = P S Q^T``, ``Z_t = (P S)_t``, ``dW = merge(Z_1, Z_2, ...) Q^T`` (arXiv 2410.19735, section
-    4): every ``dW_t = Z_t Q^T`` exactly, and `then` sees coordinates in one basis.
+    """``[dW_1 ; dW_2 ...] = P S Q^T``, ``Z_t = (P S)_t``, ``dW = merge(Z_1, Z_2, ...) Q^T`` (arXiv 2410.19735): every
+    ``dW_t = Z_t Q^T`` exactly, and `then` sees coordinates in one basis.
 
     then: what merges the coordinates (TIES, as in the paper's best; DARE or Sum as well). side: which side's basis is
     common, ``out`` as in the paper, or ``in`` (the released `concat_across_output`). tolerance: singular values at most

@@ -15,7 +15,7 @@ from lorajax.compose.ties import scoped
 
 @dataclass(frozen=True)
 class MagnitudePrune(Method):
-    """``dW = sum_t w_t trim(tau_t)`` (the baseline MP of arXiv 2311.03099, section 4.3): the largest entries by
+    """``dW = sum_t w_t trim(tau_t)`` (the baseline of arXiv 2311.03099): the largest entries by
     magnitude stay as they are, without rescaling.
 
     density: the share of entries that stays. scope: of the trim, the whole ``model`` or each ``matrix`` (PEFT).

@@ -18,7 +18,7 @@ SIDES = ("in", "out", "both")
 class Orthogonal(Method):
     """``dW = sum_t w_t P_t dW_t`` with ``P_t = I - Q_<t Q_<t^T``, Q_<t an orthonormal basis of the input spaces of the
     updates before t: block Gram-Schmidt in the order given, the projection of gradient projection memory (arXiv
-    2103.09762, equation 6) applied to finished adapters. The first stays as it is; what a later one shares with it is
+    2103.09762) applied to finished adapters. The first stays as it is; what a later one shares with it is
     lost (`Composed.errors` says how much).
 
     side: which space, ``in`` (the paper's: the inputs that the earlier tasks read stay untouched), ``out``, or

@@ -115,7 +115,8 @@ class Term(NamedTuple):
     key, rate: dropout of the input of this adapter; `key` runs along stack dimensions only. s: scale of a b.
     e: scale of the rank components, along RANK and perhaps stack dimensions. o: scale of a b along its out dimensions.
     router, gate: ``gate(x router, x a)`` takes the place of x a; `router` runs along the in dimensions and RANK, which
-    here counts what it chooses among.
+    here counts what it chooses among. given: what takes the place of x router, (rows, n) flat along RANK, behind stack
+    dimensions; the rows are those of x.
     tap: an array of zeros along the in dimensions and RANK (size in + 3) that changes nothing: its gradient is what the
     weight's inputs X were in a matmul, [X^T X | sum of rows | number of rows | largest |X|]. seen: weights of the rows,
     0 for padding, in the shape of the leading dimensions of X.
@@ -131,6 +132,7 @@ class Term(NamedTuple):
     e: Factor | None = None
     o: Factor | None = None
     router: Factor | None = None
+    given: Factor | None = None
     gate: Gate | None = None
     tap: Factor | None = None
     seen: Factor | None = None

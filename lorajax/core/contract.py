@@ -210,7 +210,9 @@ def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled,
     hidden = hidden._replace(array=term.scaled(hidden.array))
     if term.e is not None:
         hidden = times(hidden, term.e)
-    if term.router is not None and term.gate is not None:
+    if term.given is not None and term.gate is not None:
+        hidden = weighed(term.given, term.gate.function, hidden)
+    elif term.router is not None and term.gate is not None:
         hidden = gated(term, term.router, term.gate.function, hidden, undropped, contracted, {*out, RANK}, mesh, spec,
                        how)
     if mesh is not None:
@@ -244,6 +246,23 @@ def gated(term: Term, router: Factor, gate: Any, hidden: Labelled, x: Labelled, 
     sizes = [n if d >= FREE else 1 for d, n in zip(labels, routed.array.shape, strict=False)]
     rows = _rows(term.seen.array, [n for d, n in zip(labels, sizes, strict=True) if d >= FREE], "a router")
     return hidden._replace(array=gate(routed.array, hidden.array, rows.reshape(sizes)))
+
+
+def weighed(given: Factor, gate: Any, hidden: Labelled) -> Labelled:
+    """The gate of weights from outside, which have the rows of x in order, and hidden."""
+    labels = tuple(d for d in hidden.labels if d != RANK)
+    sizes = dict(zip(hidden.labels, hidden.array.shape, strict=True))
+    free, stack = sorted(d for d in labels if d >= FREE), [d for d in given.dims if d != RANK]
+    if not set(stack) <= set(labels):
+        raise Decline("the weights given for its experts run along a dimension of a stack that is summed over here")
+    rows = math.prod(sizes[d] for d in free)
+    if given.size(RANK) % rows:
+        raise ValueError(f"weights of experts were given as {given.size(RANK)} numbers, and a weight reads rows of "
+                         f"{tuple(sizes[d] for d in free)}: give (rows..., experts) for the rows that it reads, or "
+                         f"leave it out of the adapters")
+    array = given.array.reshape(*[sizes[d] for d in stack], *[sizes[d] for d in free], given.size(RANK) // rows)
+    routed = Factor(array, (*stack, *free, RANK)).spread((*labels, RANK))
+    return Labelled(gate(routed, Factor(*hidden).spread((*labels, RANK))), (*labels, RANK))
 
 
 def _spanned(f: Factor, dims: set[int]) -> int:

@@ -27,13 +27,13 @@ class MoLoRAAdapter(NamedTuple):
 @dataclass(frozen=True)
 class MoLoRA(Variant):
     """``y = x W + s sum_e p_e(x) (x A_e) B_e``, ``p(x) = softmax(x G)`` and ``s = alpha / rank`` (arXiv 2309.05444,
-    equation 2 with LoRA as the expert): every token mixes the experts, which is a merge in parameter space per token.
+    with LoRA as the expert): every token mixes the experts, which is a merge in parameter space per token.
 
     experts: n (the paper 10 to 15). rank: r of each (4). alpha: numerator of the scale; the paper states none, ours
     makes s = 1. router: how logits become weights,
       - ``softmax``: of x G / temperature;
       - ``sigmoid``: each expert's own gate between 0 and 1, a gated sum;
-      - ``arrow``: softmax of |x G| / temperature (arXiv 2405.11157, section 4.2), where column e of G is the direction
+      - ``arrow``: softmax of |x G| / temperature (arXiv 2405.11157), where column e of G is the direction
         in which expert e acts most: routing without training, see `lorajax.compose.arrow`.
     top_k: weigh only the k largest, by the softmax over these (0: all, as in the paper); the others cost no less here.
     temperature: of the softmax.
