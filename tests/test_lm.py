@@ -21,6 +21,8 @@ from lorajax import build, config, language
 from lorajax.core.adapt import Adapt
 from lorajax.data import Batches, mismatched, pack
 from lorajax.io import adapter
+from lorajax.io.hf import save_checkpoint
+from lorajax.models import model_from_hf, params_to_hf
 from lorajax.train.dpo import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +260,44 @@ def test_a_step_that_is_not_finite_ends_the_run(tmp_path) -> None:
     with pytest.raises(SystemExit, match="step 2 is not finite"):
         lm.main(words(tmp_path, "e2e", "", *QUICK, "--config.lr=1e30", "--config.warmup=0"))
     assert not (folder(tmp_path) / "summary.json").exists()
+
+
+def gpt2_folder(path, end):
+    """A GPT-2 with dropout in the hub's layout, its tokenizer without a padding token."""
+    settings = {"model_type": "gpt2", "vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160,
+                "activation_function": "gelu_new"}  # fmt: skip
+    net = model_from_hf(settings)
+    variables = jax.jit(net.init)(jax.random.key(0), np.zeros((1, 2), np.int32))
+    save_checkpoint(path, settings | end, params_to_hf(net.config, variables))
+    language.tiny_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.mark.slow
+def test_gpt2_from_a_folder_with_its_dropout(tmp_path) -> None:
+    model = gpt2_folder(tmp_path / "model", {"eos_token_id": 257})
+    lm.main(words(tmp_path / "runs", "e2e", f",model={model}", "--config.lr=1e-2", "--config.dropout=-1",
+                  "--config.variant.dropout=0", "--config.beams=1", "--config.baseline=false"))  # fmt: skip
+    told = summary(tmp_path / "runs")
+    assert told["scores"]["perplexity"] < told["baselines"]["base"]["perplexity"]
+    adapter_config = json.loads((folder(tmp_path / "runs") / "adapter" / "adapter_config.json").read_text())
+    assert [name.rpartition(".")[2] for name in adapter_config["target_modules"]] == ["c_attn"] * 2  # q, v as one
+
+
+def test_a_folder_names_its_end_of_text(tmp_path) -> None:
+    c = World("", "e2e").c
+    with c.unlocked():
+        for end, said in (({"eos_token_id": [257, 0]}, None), ({}, "names no end-of-text token: neither eos_token in")):
+            c.args.model = str(gpt2_folder(tmp_path / str(len(end)), end))
+            if said is None:
+                model = language.load_model(c)
+                assert (model.end, model.end_id, model.begin, model.template) == ("<|im_end|>", 257, "", None)
+                continue
+            with pytest.raises(config.ConfigError, match=said):
+                language.load_model(c)
+            (Path(c.args.model) / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_start|>",
+                                                                                  "chat_template": "x"}))  # fmt: skip
+            assert language.load_model(c).end == "<|im_start|>"
 
 
 @pytest.mark.slow
