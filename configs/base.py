@@ -155,6 +155,8 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     # for JAX's choice, cudnn for the fused kernel.
     c.dropout = 0.0
     c.attention = ""
+    # quantize: how linear layers are stored, a row of lorajax.quant.FORMATS, '' for as they are.
+    c.quantize = ""
     # Loss: sft, or dpo on constructed preferences, with the settings of lorajax.train.dpo.
     c.loss = "sft"
     c.dpo = {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}

@@ -138,6 +138,23 @@ def test_packed_rows_have_the_same_loss() -> None:
     assert mean(packed, pack(rows, 256)) == pytest.approx(mean(world.c, rows), rel=1e-4)
 
 
+def test_a_quantised_base() -> None:
+    """The loss of packed weights is that of what they stand for, and that is not the base as it was."""
+    world = World("", "e2e", "--config.quantize=int8")
+    dense, world.model = world.model.variables, language.load_model(world.c)
+    world.adapt = lj.adapt(lj.sites(world.forward, world.model.variables, np.zeros((1, 4), np.int32)),
+                           build.rules(world.c, world.model))  # fmt: skip
+    trainable, frozen, bound = world.moved(world.adapt)
+    merged, pairs = jax.jit(world.adapt.merge)(trainable, frozen), world.found.splits["validation"][:4]
+    batch = Batches(language.examples(world.c, world.model, world.found.task, pairs), 4, shuffle=False, shapes=1)
+    loss, _ = jax.jit(make_sft(world.c, world.model, world.adapt, training=False))(bound, batch.batch(0, 0), None)
+    assert float(loss) == pytest.approx(by_hand(world, merged, pairs)[0], rel=2e-5)
+    layer = "params", "layer_0", "ffn", "up", "kernel"
+    change = np.abs(functools.reduce(lambda tree, name: tree[name], layer, merged)
+                    - functools.reduce(lambda tree, name: tree[name], layer, dense)).max()  # fmt: skip
+    assert 0 < change < 0.01
+
+
 def test_dpo_compares_with_the_base_under_the_adapter() -> None:
     """Against eq. 7 of the paper with log-probabilities of texts one by one."""
     world = World("", "e2e", "--config.loss=dpo")
@@ -344,6 +361,8 @@ def test_every_method_is_a_variant_of_a_recipe() -> None:
         ("e2e", ",task=e2", (), "unknown task 'e2': did you mean 'e2e'"),
         ("e2e", "", ("--config.unrelated.text=doly",), "unknown text 'doly': did you mean 'dolly'"),
         ("e2e", "", ("--config.loss=dpi",), "unknown loss 'dpi': did you mean 'dpo'"),
+        ("e2e", "", ("--config.quantize=nf5",), "unknown quantize 'nf5': did you mean 'nf4'"),
+        ("e2e", "", ("--config.quantize=int8", "--config.mesh.data=2"), "on a mesh is not implemented"),
         ("e2e", ",variant=relora", ("--config.loss=dpo",), "merges: take another variant, or loss=sft"),
     ],
 )
