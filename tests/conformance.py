@@ -12,6 +12,7 @@ import numpy as np
 from lorajax.core.variant import Seen, Variant
 from lorajax.variants import (
     IA3,
+    OFT,
     AdaLoRA,
     DeLoRA,
     DoRA,
@@ -31,6 +32,7 @@ from lorajax.variants import (
     ShareLoRA,
     SHiRA,
     SoRA,
+    TrainableTokens,
     VBLoRA,
     VeRA,
 )
@@ -151,6 +153,14 @@ ROWS: dict[str, Row] = {
                   {"A": (3, 12, 4), "B": (3, 4, 8), "G": (12, 3)}, merges=False),
     "molora-top-k": Row("molora", "2309.05444", MoLoRA(rank=2, experts=4, router="arrow", top_k=2, temperature=0.5),
                         {"A": (4, 12, 2), "B": (4, 2, 8), "G": (12, 4)}, merges=False, in_model=False),
+    "trainable-tokens": Row("trainable_tokens", "2104.08691", TrainableTokens((2, 5), side="in"), {"rows": (2, 8)},
+                            drawn=False),
+    "trainable-tokens-head": Row("trainable_tokens", "2104.08691", TrainableTokens((7, 1, 0)), {"rows": (3, 12)},
+                                 drawn=False, in_model=False),
+    "oft": Row("oft", "2306.07280", OFT(block_size=4), {"Q": (3, 6)}, drawn=False),
+    "oft-shared-exact": Row("oft", "2306.07280", OFT(blocks=2, share=True, terms=0), {"Q": (1, 15)}, drawn=False,
+                            in_model=False),
+    "oft-bounded": Row("oft", "2306.07280", OFT(block_size=4, eps=0.1), {"Q": (3, 6)}, drawn=False, in_model=False),
     "dora-vera": Row("dora", "2402.09353", DoRA(VeRA(rank=4, d_initial=0.5)), VERA | NORMS, drawn=False,
                      in_model=False),
 }

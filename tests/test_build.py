@@ -83,7 +83,8 @@ def test_the_configs_are_there():
 def test_every_config_makes_rules_an_optimizer_and_a_controller(files, traced, name):
     model, sites = traced
     ranked = "rank" in config.load(f"configs/{name}.py").args
-    small = ",vector_length=4" if name == "vb_lora" else ""  # must divide the tiny model's sides
+    # Lengths that divide the tiny model's sides, tokens of its small vocabulary.
+    small = {"vb_lora": ",vector_length=4", "oft": ",block_size=8", "trainable_tokens": ",tokens=2+3"}.get(name, "")
     c = parse(files, name, (",rank=2" if ranked else "") + small)
     adapt = lj.adapt(sites, build.rules(c, model))
     assert adapt.count() > sum(model.variables["params"]["classifier"][leaf].size for leaf in ("kernel", "bias"))

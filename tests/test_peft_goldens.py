@@ -20,7 +20,6 @@ from lorajax.models import FAMILIES, adapter_names
 from lorajax.variants import LoHa
 
 SKIPPED = {
-    "oft_llama": "OFT is not a variant here",
     "lora_lora_bias_gpt2": "its bias is our base's: test_lora_bias",
 }
 

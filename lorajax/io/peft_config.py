@@ -21,7 +21,9 @@ INERT = frozenset({
     "bias", "lora_bias", "r", "lambda_pattern", "projection_prng_key", "d_initial",
     "save_projection", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
     "total_step", "mini_r", "feedforward_modules", "decompose_both", "decompose_factor", "gralora_k", "hybrid_r",
-    "delora_lambda", "lora_alpha", "alpha", "use_dora", "use_rslora",
+    "delora_lambda", "lora_alpha", "alpha", "use_dora", "use_rslora", "token_indices", "trainable_token_indices",
+    "target_parameters", "layer_replication",
+    "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms",
 })  # fmt: skip
 """Settings that are read, or that do not change what a trained adapter computes."""
 

@@ -110,6 +110,8 @@ SPECIAL: Mapping[str, Any] = {
     "lora_magnitude_vector": _vector(False),
     "ia3_l": _vector(True),
     "miss_block": (_same, _same),
+    "oft_R.weight": (_same, _same),
+    "trainable_tokens_delta": (_same, _same),
     "delora_lambda": (lambda form, x: x.reshape(1), lambda form, y: y.reshape(())),
     "gralora_A": (_chunks, _unchunked),
     "gralora_B": (_chunks, _unchunked),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from lorajax.variants.lokr import LoKr
 from lorajax.variants.lora import LoRA
 from lorajax.variants.mica import MiCA
 from lorajax.variants.miss import MiSS
+from lorajax.variants.oft import OFT
+from lorajax.variants.trainable_tokens import TrainableTokens
 from lorajax.variants.vera import VeRA
 
 
@@ -144,11 +147,43 @@ def _vera_settings(v: VeRA) -> dict[str, Any]:
             "vera_dropout": v.dropout}
 
 
+def _oft(c: Config, module: str, site: Site, rank: int, alpha: float) -> Variant:
+    """PEFT takes the nearest number that divides the inputs, the lower of two."""
+    if site.op != "matmul":
+        raise AdapterError(f"{c.file}: {module} is a {site.op}, and lorajax has OFT for matmuls only: merge the "
+                           f"adapter in PEFT, or convert it to plain LoRA (peft.save_as_lora)")
+    series, version = c.get("use_cayley_neumann", True, bool), c.get("peft_version", "", str)
+    if series and tuple(int(x) for x in re.findall(r"\d+", version)[:2]) < (0, 18):
+        raise AdapterError(f"{c.file}: written by PEFT {version or 'before 0.18'}, whose series of a rotation is "
+                           f"another than today's: PEFT itself cannot read it faithfully, train it again")
+    blocks, size = c.integer("r", 0), c.integer("oft_block_size", 32)
+    fits = min((d for d in range(1, site.n_in + 1) if site.n_in % d == 0), key=lambda d: abs(d - (blocks or size)))
+    return OFT(0 if blocks else fits, fits if blocks else 0, c.get("block_share", False, bool),
+               c.integer("num_cayley_neumann_terms", 5) if series else 0,
+               c.number("eps", 6e-5) if c.get("coft", False, bool) else 0.0)
+
+
+def _oft_settings(v: OFT) -> dict[str, Any]:
+    return {"r": v.blocks, "oft_block_size": 0 if v.blocks else v.block_size, "block_share": v.share,
+            "coft": v.eps > 0, "eps": v.eps or 6e-5, "use_cayley_neumann": v.terms > 0, "peft_version": "0.18.0",
+            "num_cayley_neumann_terms": v.terms or 5, "module_dropout": 0.0}
+
+
+def _tokens(c: Config, module: str, site: Site, rank: int, alpha: float) -> Variant:
+    """Of PEFT's method of that name, and of `trainable_token_indices` beside LoRA: a list, or module -> list."""
+    found = c.get("token_indices" if c.kind == "TRAINABLE_TOKENS" else "trainable_token_indices", [], list, dict)
+    if isinstance(found, dict):
+        found = next((tokens for name, tokens in found.items() if module == name or module.endswith(f".{name}")), [])
+    if not isinstance(found, list) or not found or not all(type(t) is int for t in found):
+        raise AdapterError(f"{c.file}: the settings name no tokens for {module}, whose rows the file holds: {found!r}")
+    return TrainableTokens(tuple(found), "in" if site.op == "lookup" else "out")
+
+
 PLAIN = "write it as a plain LoRA (lorajax.compose.as_lora), or keep lorajax's own format"
 BOTH = ("rank_pattern", "alpha_pattern")
 NO_CP = {"use_effective_conv2d": (False,)}
 _NO_SPECIAL_LORA: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "target_parameters", "use_bdlora"),
+    ("alora_invocation_tokens", "arrow_config", "kasa_config", "use_bdlora"),
     (None, [], {}, False),
 ) | {"use_qalora": (False,)}  # fmt: skip
 
@@ -172,6 +207,8 @@ METHODS: Mapping[str, Method] = {
     "DELORA": Method(DeLoRA, lambda c, m, site, r, alpha: DeLoRA(r, c.number("delora_lambda", 15),
                                                                  dropout=c.number("module_dropout", 0.0)),
                      _delora_settings, patterns=("rank_pattern",), bias="delora_only"),
+    "OFT": Method(OFT, _oft, _oft_settings, rank=None, bias="oft_only"),
+    "TRAINABLE_TOKENS": Method(TrainableTokens, _tokens, lambda v: {"token_indices": list(v.tokens)}, rank=None),
 }  # fmt: skip
 """PEFT's `peft_type` -> its row. A variant with a row here and `Leaf.peft` names is read and written."""
 

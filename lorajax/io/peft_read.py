@@ -19,6 +19,7 @@ import numpy as np
 from lorajax.core.rules import Rule
 from lorajax.core.sites import Sites
 from lorajax.core.variant import Full, Variant
+from lorajax.io import peft_parameters
 from lorajax.io.peft_config import INERT, Config
 from lorajax.io.peft_layout import LOOKUP, Form
 from lorajax.io.peft_methods import METHODS, REFUSED, Method
@@ -29,6 +30,9 @@ from lorajax.variants.dora import DoRA
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+ROWS = "trainable_tokens_delta"
+TOKENS = f"token_adapter.{ROWS}"
+"""Rows of a table that are trained, alone and beside another method."""
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -49,15 +53,23 @@ class Read(NamedTuple):
     scaled: dict[str, np.ndarray] = {}  # noqa: RUF012  (a field's default, never written to)
 
 
-def read(folder: str | os.PathLike[str], sites: Sites, names: Names | Sequence[Names]) -> Read:
+def read(folder: str | os.PathLike[str], sites: Sites, names: Names | Sequence[Names],
+         replication: Sequence[Sequence[int]] = ()) -> Read:
     """Reads a folder for the model with these `sites`, whose parameters `names` gives the names of (path -> row, see
-    `Named`; several tables if files may go by old and new module names).
+    `Named`; several tables if files may go by old and new module names). replication: the ranges of the base's layers
+    that the model was made of (`lorajax.models.replicate_layers`), which have to be those of the file.
 
     Raises AdapterError, naming the file and the way out, for damaged or pickled files, for tensors that the model has
     no place for or whose shape does not fit, for modules that the settings target and the file does not hold, and for
     methods and settings that cannot be read faithfully.
     """
-    return parse(Config.read(folder), read_tensors(weights_file(folder))[0], sites, names)
+    config = Config.read(folder)
+    wanted = config.get("layer_replication", [], list)
+    if wanted != [list(layers) for layers in replication]:
+        raise AdapterError(f"{config.file}: layer_replication={wanted}, and the model has {list(replication)}: make it "
+                           f"by lorajax.models.replicate_layers(config, variables, {wanted}), and pass the same as "
+                           f"replication")
+    return parse(config, read_tensors(weights_file(folder))[0], sites, names)
 
 
 def weights_file(folder: str | os.PathLike[str]) -> Path:
@@ -71,12 +83,30 @@ def weights_file(folder: str | os.PathLike[str]) -> Path:
 def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names: Names | Sequence[Names]) -> Read:
     """`read` of a file's content."""
     method, directory = _method(config), Directory(names)
-    held, rest = _sorted(config, tensors, directory)
+    held, rest = _sorted(config, tensors)
+    stacked = peft_parameters.split(held, config, directory.first) if config.kind == "LORA" else {}
+    rows = [tensors[of[ROWS]] for module, of in held.items() if ROWS in of and module in directory.modules]
+    for module in held.keys() - directory.modules.keys():  # a head that is tied here has the rows of its table again
+        if ROWS in held[module] and any(np.array_equal(tensors[held[module][ROWS]], x) for x in rows):
+            del held[module]
+    strange = sorted(held.keys() - directory.modules.keys())
+    if strange:
+        raise AdapterError(f"tensor {next(iter(held[strange[0]].values()))!r}: this model has no module {strange[0]!r}"
+                           f"{directory.unknown(strange[0], directory.modules)}")
     absent = sorted(config.targeted(directory.modules) - held.keys())
     if absent:
         raise AdapterError(f"{config.file}: the settings target {len(absent)} modules that the file has no tensors "
                            f"for: {', '.join(absent[:4])}. Download or write it again")
+    asked = config.get("trainable_token_indices", None, list, dict) or {}
+    there = {module for module, suffixes in held.items() if ROWS in suffixes}
+    named = list(asked) if isinstance(asked, dict) else []
+    missing = [module for module in directory.modules.keys() - there if config.matches(named, module)]
+    if asked and (missing or not there):
+        raise AdapterError(f"{config.file}: trainable_token_indices={asked!r}, and the file does not hold the rows. "
+                           f"Download or write it again")
     choices, arrays = _adapters(config, method, held, tensors, sites, directory)
+    more, found = peft_parameters.read(stacked, tensors, config, directory.first, sites)
+    choices, arrays = choices | more, arrays | found
     fulls, base, added, shared = wholes(rest, tensors, sites, directory, METHODS[config.kind], choices)
     scaled = _scaled(held, arrays, sites, directory) if config.kind == "IA3" else {}
     rules: list[Rule] = [(_either(paths), choice) for choice, paths in _grouped(choices)]
@@ -115,14 +145,14 @@ def _suffixes(kind: str) -> dict[str, str]:
     variant = METHODS[kind].variant()
     rows = {**variant.leaves, **(DoRA(variant).leaves if kind == "LORA" else {})}
     own = {row.peft: row.peft for row in rows.values() if row.peft and not row.shared}
+    own |= {TOKENS: ROWS} if kind == "LORA" else {}
     return own | {LOOKUP[suffix]: suffix for suffix in own if suffix in LOOKUP}
 
 
-def _sorted(config: Config, tensors: Mapping[str, np.ndarray],
-            directory: Directory) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _sorted(config: Config, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """(module -> suffix in the leaf table -> tensor, name without prefix -> tensor for the others)."""
     held: dict[str, dict[str, str]] = {}
-    rest, modules, suffixes = {}, directory.modules, _suffixes(config.kind)
+    rest, suffixes = {}, _suffixes(config.kind)
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
         if x.dtype.name not in FLOATS:
@@ -134,9 +164,6 @@ def _sorted(config: Config, tensors: Mapping[str, np.ndarray],
             rest[name] = key
             continue
         module = name.removesuffix(f".{suffix}")
-        if module not in modules:
-            raise AdapterError(f"tensor {key!r}: this model has no module {module!r}"
-                               f"{directory.unknown(module, modules)}")
         if suffixes[suffix] in held.setdefault(module, {}):
             raise AdapterError(f"tensor {key!r} is in the file twice, with the prefix {PREFIX!r} and without")
         held[module][suffixes[suffix]] = key
@@ -160,7 +187,8 @@ def _adapters(config: Config, method: Method, held: Mapping[str, Mapping[str, st
         if sorted(found) != list(range(count)):
             raise AdapterError(f"{path} stacks {count} matrices, and the file adapts {len(found)} of them: load the "
                                f"model with a tree for each layer (scan_layers=False)")
-        variants = {_variant(config, method, found[i], site) for i in range(count)}
+        own = METHODS["TRAINABLE_TOKENS"] if ROWS in held[found[min(found)]] else method
+        variants = {_variant(config, own, found[i], site) for i in range(count)}
         if len(variants) > 1:
             raise AdapterError(f"{path} stacks {count} matrices, and the file adapts them differently "
                                f"({len(variants)} ranks or scales): load the model with scan_layers=False")

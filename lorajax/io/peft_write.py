@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +15,25 @@ import numpy as np
 
 from lorajax.core.adapt import Adapt, Frozen
 from lorajax.core.variant import Full, Variant
+from lorajax.io import peft_parameters
 from lorajax.io.folders import replaced
 from lorajax.io.peft_config import CONFIG
 from lorajax.io.peft_layout import Form
 from lorajax.io.peft_methods import PLAIN, Method, method_of
 from lorajax.io.peft_names import PREFIX, Directory, Names, to_theirs
-from lorajax.io.peft_read import WEIGHTS
+from lorajax.io.peft_read import TOKENS, WEIGHTS
 from lorajax.io.subtracted import joined, redone
 from lorajax.io.tensors import AdapterError, write_tensors
 from lorajax.variants.ia3 import IA3
+from lorajax.variants.lora import LoRA
+from lorajax.variants.trainable_tokens import TrainableTokens
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules of which PEFT also saves the base weight when an adapter targets them."""
+
+
+Replication = Sequence[Sequence[int]]
+"""PEFT's `layer_replication`: [start, end) of the base's layers, in the order of the model's."""
 
 
 class Content(NamedTuple):
@@ -40,7 +47,7 @@ class Content(NamedTuple):
 
 def write(folder: str | os.PathLike[str], adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: Names, *,
           base: str | None = None, task_type: str | None = None, convert: bool = True,
-          embeddings: bool = True) -> Path:
+          embeddings: bool = True, replication: Replication = ()) -> Path:
     """Writes what PEFT's `from_pretrained` loads on the same base, and returns the folder; one that is there is
     replaced, and a failure leaves it as it was.
 
@@ -48,11 +55,14 @@ def write(folder: str | os.PathLike[str], adapt: Adapt, trainable: Mapping[str, 
     PEFT's (such as 'SEQ_CLS'), not needed for loading. convert: an adapter whose start is taken off again (PiSSA,
     OLoRA, ...) becomes a plain LoRA of twice the rank, which needs no decomposition of the base; False writes PEFT's
     own form of PiSSA and OLoRA. embeddings: whether to repeat the base weight of adapted embeddings, as PEFT does.
+    replication: the ranges that the model's layers were made of (`lorajax.models.replicate_layers`). Trained tokens of
+    a table with a tied head are written once; of tokens alone PEFT has a copy for the head, whose lack it reports, and
+    which it ties all the same.
 
     Raises AdapterError if PEFT has no such method, or not this mixture of methods or options; it names the way out.
     """
     found = content(adapt, trainable, frozen, names, base=base, task_type=task_type, convert=convert,
-                    embeddings=embeddings)
+                    embeddings=embeddings, replication=replication)
     with replaced(folder) as part:
         write_content(part, found)
     return Path(folder)
@@ -65,7 +75,8 @@ def write_content(folder: Path, found: Content) -> None:
 
 
 def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: Names, *, base: str | None = None,
-            task_type: str | None = None, convert: bool = True, embeddings: bool = True) -> Content:
+            task_type: str | None = None, convert: bool = True, embeddings: bool = True,
+            replication: Replication = ()) -> Content:
     """What `write` writes."""
     directory = Directory(names)
     adapters: dict[str, tuple[Variant, Any, bool]] = {}
@@ -74,12 +85,27 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             halves = zip(trainable[path], frozen.aux.get(path, trainable[path]), strict=True)
             adapter = type(trainable[path])(*[other if x is None else x for x, other in halves])
             adapters[path] = joined(choice, adapter, convert)
-    kind, method = _one_method({path: variant for path, (variant, _, _) in adapters.items()})
+    tokens = {path: v for path, (v, _, _) in adapters.items() if isinstance(v, TrainableTokens)}
+    beside = tokens if len(tokens) < len(adapters) else {}
+    kind, method = _one_method({path: variant for path, (variant, _, _) in adapters.items() if path not in beside})
+    if beside and kind != "LORA":
+        raise AdapterError(f"{next(iter(beside))} has trained tokens, which PEFT has alone or beside LoRA, not beside "
+                           f"{kind}: write that as a plain LoRA (lorajax.compose.plain) first")
     tensors: dict[str, np.ndarray] = {}
     exact: dict[tuple[str, str], list[str]] = {}
     rows: dict[str, tuple[str, Variant]] = {}
     unscaled: dict[str, np.ndarray] = {}
+    stacked: dict[str, tuple[LoRA, Any]] = {}
+    for path, (v, x, _) in adapters.items():
+        if getattr(names.get(path), "fused", None):
+            if not isinstance(v, LoRA) or v.initial.subtracts:
+                raise AdapterError(f"{path} stacks experts, for which PEFT has plain LoRA only: {PLAIN}")
+            stacked[path] = v, x
+    more, parameters = peft_parameters.write(stacked, names, adapt.sites)
+    tensors |= more
     for path, (variant, adapter, changed) in adapters.items():
+        if path in stacked:
+            continue
         modules, site = directory.modules_of(path), adapt.sites[path]
         rows |= {module: (path, variant) for module in modules}
         if isinstance(variant, IA3) and variant.side == "out" and f"{modules[0]}.bias" in directory.tensors:
@@ -89,12 +115,12 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             if x is None or not row.peft or row.shared:
                 continue
             form, shape = Form(row.peft, row.axes, site, variant), x.shape[len(site.stack_shape) :]
-            keys = [f"{PREFIX}{module}.{form.name}" for module in modules]
+            keys = [f"{PREFIX}{module}.{TOKENS if path in beside else form.name}" for module in modules]
             parts = np.asarray(x).reshape(-1, *shape)
             tensors |= {key: form.to_peft(part) for key, part in zip(keys, parts, strict=True)}
             if not changed:
                 exact[path, leaf] = keys
-        if embeddings and any(module.split(".")[-1] in EMBEDDINGS for module in modules):
+        if embeddings and not tokens and any(module.split(".")[-1] in EMBEDDINGS for module in modules):
             parts = np.asarray(frozen.base[path]).reshape(len(modules), *site.shape[len(site.stack_shape) :])
             tensors |= {f"{PREFIX}{module}.base_layer.weight": to_theirs(part, directory.first[path].form)
                         for module, part in zip(modules, parts, strict=True)}
@@ -102,10 +128,19 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
         for leaf, x in arrays.items():
             exact[slot, leaf] = [f"base_model.{adapt.slots[slot].variant.leaves[leaf].peft}"]
             tensors[exact[slot, leaf][0]] = np.asarray(x).T
-    settings = _settings(kind, method, {module: variant for module, (_, variant) in rows.items()}, directory)
+    settings = _settings(kind, method, {module: v for module, (path, v) in rows.items() if path not in beside},
+                         directory, parameters)
+    if beside:
+        of = {module: list(v.tokens) for module, (path, v) in rows.items() if isinstance(v, TrainableTokens)}
+        settings["trainable_token_indices"] = of
     tensors |= {f"{PREFIX}{module}.base_layer.bias": x for module, x in unscaled.items()}
     done = {f"{module}.bias" for module in unscaled}
     settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact, done)
+    if kind == "TRAINABLE_TOKENS" and settings.pop("modules_to_save"):
+        raise AdapterError("PEFT's trainable tokens train no whole weights beside them, LoRA's do: add a LoRA to the "
+                           "rules, or keep lorajax's own format")
+    if replication:
+        settings["layer_replication"] = [list(layers) for layers in replication]
     settings |= {"base_model_name_or_path": base, "task_type": task_type}
     starts = {redone(variant) for variant, _, _ in adapters.values()}
     if starts != {None}:
@@ -142,16 +177,21 @@ def _one_method(plan: Mapping[str, Variant]) -> tuple[str, Method]:
     return row
 
 
-def _settings(kind: str, method: Method, variants: Mapping[str, Variant], directory: Directory) -> dict[str, Any]:
+def _settings(kind: str, method: Method, modules: Mapping[str, Variant], directory: Directory,
+              parameters: Mapping[str, Variant]) -> dict[str, Any]:
     """adapter_config.json without the weights that are trained whole."""
+    variants = {**modules, **parameters}
     common = {module: method.settings(variant) for module, variant in variants.items()}
+    if parameters:  # where PEFT allows no dropout; it acts in training only
+        common = {module: {**one, "lora_dropout": 0.0} for module, one in common.items()}
     first, others = next(iter(common)), list(common)
     for module in others:
         if common[module] != common[first]:
             differ = sorted(key for key in common[first] if common[module].get(key) != common[first][key])
             raise AdapterError(f"{first} and {module} differ in {differ}, which PEFT has once for all modules: {PLAIN}")
-    targets = _exactly(variants, directory)
+    targets = _exactly(modules, directory)
     settings: dict[str, Any] = {"peft_type": kind, "inference_mode": True, "target_modules": targets}
+    settings |= {"target_parameters": list(parameters)} if parameters else {}
     if method.rank:
         ranks = {module: variant.rank for module, variant in variants.items()}  # type: ignore[attr-defined]
         settings |= _by_module(method, method.rank, "rank_pattern", ranks)

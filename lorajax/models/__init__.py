@@ -12,7 +12,7 @@ from lorajax.models.gpt2 import GPT2, GPT2Config
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import LlamaConfig
 from lorajax.models.resnet import ResNet, ResNetConfig
-from lorajax.models.stacking import stack_layers, unstack_layers
+from lorajax.models.stacking import replicate_layers, stack_layers, unstack_layers
 from lorajax.models.t5 import T5, T5Config
 from lorajax.models.vit import ViT, ViTConfig
 from lorajax.models.whisper import Whisper, WhisperConfig
@@ -42,6 +42,7 @@ __all__ = [
     "model_from_hf",
     "params_from_hf",
     "params_to_hf",
+    "replicate_layers",
     "stack_layers",
     "unstack_layers",
 ]

@@ -18,14 +18,18 @@ def adapter_names(config: Any, transformers: int = 5) -> dict[str, Tensor]:
     form, found = layout(config), dict[str, Tensor]()
     rules, forms = form.modules if transformers >= 5 else (), form.tensors
     for path, names in hf_names(config).items():
-        names = tuple(_renamed(name, rules) for name in names)
+        names, fused = tuple(_renamed(name, rules) for name in names), forms[path].fused
+        if fused is not None:
+            named = tuple(form.prefix + name for name in fused.names)
+            fused = fused._replace(names=named) if transformers >= 5 else None
         if getattr(config, "scan_layers", False):
             path_in_stack = re.sub(r"/layer_\d+/", "/layers/", path)
-            before = found[path_in_stack].names if path_in_stack in found else ()
+            before = found.get(path_in_stack, Tensor((), fused=fused and fused._replace(names=())))
             stacked = forms[path].stacked or path_in_stack != path
-            found[path_in_stack] = Tensor((*before, *names), forms[path].form, stacked)
+            fused = fused and fused._replace(names=(*before.fused.names, *fused.names))  # type: ignore[union-attr]
+            found[path_in_stack] = Tensor((*before.names, *names), forms[path].form, stacked, fused)
         else:
-            found[path] = Tensor(names, forms[path].form, forms[path].stacked)
+            found[path] = Tensor(names, forms[path].form, forms[path].stacked, fused)
     return found
 
 

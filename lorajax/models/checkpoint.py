@@ -24,16 +24,26 @@ from lorajax.models.parts import onto, stacked_part
 from lorajax.models.stacking import stack_layers, unstack_layers
 
 
+class Fused(NamedTuple):
+    """Where `transformers` 5 keeps stacked matrices as one parameter of its own: names, one for each layer of a scanned
+    stack; (experts, out, in), of which this is part `part` of `parts` equal ones along out."""
+
+    names: tuple[str, ...]
+    part: int = 0
+    parts: int = 1
+
+
 class Tensor(NamedTuple):
     """Where a parameter is in a checkpoint: one name or, if `stacked`, one for each index of its first axis (experts).
 
     form: 'same', 'linear' ((out, in) there, (in, out) here) or 'conv' ((out, in, *window) there, (*window, in, out)
-    here); of each part where there are several.
+    here); of each part where there are several. fused: the one parameter that transformers 5 has for them.
     """
 
     names: tuple[str, ...]
     form: str = "same"
     stacked: bool = False
+    fused: Fused | None = None
 
 
 class Layout(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lorajax.models.checkpoint import Layout, Tensor, layout
+from lorajax.models.checkpoint import Fused, Layout, Tensor, layout
 from lorajax.models.llama import Llama
 from lorajax.models.llama_config import LlamaConfig
 
@@ -37,7 +37,9 @@ def _(config: LlamaConfig) -> Layout:
             linear(f"{ours}/ffn/router", f"{block}.gate", False)
             for name, short in _EXPERTS.items():
                 names = tuple(f"{block}.experts.{e}.{short}.weight" for e in range(c.experts))
-                tensors[f"{ours}/ffn/{name}/kernel"] = Tensor(names, "linear", stacked=True)
+                whole = (f"{theirs}.mlp.experts.{'down_proj' if name == 'down' else 'gate_up_proj'}",)
+                fused = Fused(whole) if name == "down" else Fused(whole, int(name == "up"), 2)
+                tensors[f"{ours}/ffn/{name}/kernel"] = Tensor(names, "linear", True, fused)
         else:
             for name in ("gate", "up", "down"):
                 linear(f"{ours}/ffn/{name}", f"{theirs}.mlp.{name}_proj", c.mlp_bias)
@@ -50,6 +52,7 @@ def _(config: LlamaConfig) -> Layout:
         (jax.ShapeDtypeStruct((1, 2), jnp.int32),),
         prefix="model.",
         bare=r"lm_head\..*",
+        modules=((r"block_sparse_moe\.gate$", "mlp.gate"),),
         unused=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         tied={"lm_head.weight": "embed_tokens.weight"} if c.tie_embeddings else {},
         init_std=c.initializer_range,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,29 @@ def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         raise ValueError(f"to unstack, params must hold 'layers'; it holds {sorted(variables['params'])}")
     return done
+
+
+def replicate_layers(config: Any, variables: Mapping[str, Any], ranges: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """A deeper model made of ranges [start, end) of a model's layers: (config, variables). Layers of per-layer trees
+    are the same arrays as the base's, so they need no memory; stacked ones are copied.
+
+    Errors: ValueError for a range outside the layers, or a tree with layers in other places than under 'params'.
+    """
+    chosen = [i for start, end in ranges for i in range(start, end)]
+    if not chosen or min(chosen) < 0 or max(chosen) >= config.num_layers:
+        raise ValueError(f"ranges {list(map(list, ranges))} of a model with {config.num_layers} layers: give pairs "
+                         f"[start, end) within 0 and {config.num_layers}")
+    params = dict(variables["params"])
+    if "layers" in params:
+        params["layers"] = jax.tree.map(lambda x: x[jnp.asarray(chosen)], params["layers"])
+    elif "layer_0" in params:
+        layers = [params.pop(f"layer_{i}") for i in range(config.num_layers)]
+        params |= {f"layer_{new}": layers[old] for new, old in enumerate(chosen)}
+    else:
+        raise ValueError(f"params must hold layer_0 .. or 'layers'; it holds {sorted(params)}")
+    windows = getattr(config, "windows", ())
+    own = {"windows": tuple(windows[i] for i in chosen)} if windows else {}
+    return dataclasses.replace(config, num_layers=len(chosen), **own), {**variables, "params": params}
 
 
 def _everywhere(tree: Any, change: Callable[[dict[str, Any]], bool]) -> tuple[Any, bool]:

@@ -22,10 +22,12 @@ from lorajax.variants.lora_xs import LoRAXS
 from lorajax.variants.mica import MiCA
 from lorajax.variants.miss import MiSS
 from lorajax.variants.molora import MoLoRA
+from lorajax.variants.oft import OFT
 from lorajax.variants.randlora import RandLoRA
 from lorajax.variants.share_lora import ShareLoRA
 from lorajax.variants.shira import SHiRA
 from lorajax.variants.sora import SoRA
+from lorajax.variants.trainable_tokens import TrainableTokens
 from lorajax.variants.vb_lora import VBLoRA
 from lorajax.variants.vera import VeRA
 
@@ -52,6 +54,8 @@ NAMES: Mapping[str, type[Variant]] = MappingProxyType({
     "share_lora": ShareLoRA,
     "hydralora": HydraLoRA,
     "molora": MoLoRA,
+    "oft": OFT,
+    "trainable_tokens": TrainableTokens,
 })
 """Name -> variant class. A new variant gets a row here, its file, a row of the conformance table, and a config."""
 
@@ -59,6 +63,7 @@ __all__ = [
     "IA3",
     "INITIALIZERS",
     "NAMES",
+    "OFT",
     "AdaLoRA",
     "DeLoRA",
     "DoRA",
@@ -78,6 +83,7 @@ __all__ = [
     "SHiRA",
     "ShareLoRA",
     "SoRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
 ]
