@@ -24,17 +24,22 @@ def make_losses(
     # over the batch or, `by_row`, their sum in each row. A head that does not train makes its logits in chunks.
     # Causal attention keeps from a token what is right of it, so only packed rows need their segments.
     net: Any = model.net
-    if training and hasattr(net.config, "hidden_dropout"):
-        net = net.clone(deterministic=False)
+    loud = net.clone(deterministic=False) if training and hasattr(net.config, "hidden_dropout") else net
+
+    def passes(net: Any, noise: float) -> tuple[Any, Any]:
+        hidden = noisy(partial(net.apply, method="hidden"), noise, module="embed")
+        return lj.lift(hidden), lj.lift(noisy(net.apply, noise, module="embed"))
+
     noise = c.neftune if training else 0.0
-    hidden = lj.lift(noisy(partial(net.apply, method="hidden"), noise, module="embed"))
-    logits = lj.lift(noisy(net.apply, noise, module="embed"))
+    drawn, fixed = passes(loud, noise), passes(net, 0.0)
     untrained = model.head not in adapt.plan
 
     def losses(params: Any, batch: Any, key: Any, weight: jax.Array, by_row: bool = False) -> jax.Array:
         labels = batch["labels"]
         more = {"positions": batch["positions"], "segments": batch["segments"]} if c.packing else {}
-        args = (params, batch["input_ids"], batch["segments"] > 0 if noise else None)
+        # Without a key, as DPO's reference has none, nothing is dropped and no noise is added.
+        hidden, logits = fixed if key is None else drawn
+        args = (params, batch["input_ids"], batch["segments"] > 0 if noise and key is not None else None)
         rngs = {} if key is None else {"dropout": key}
         kernel = head(params, model)
         if untrained and not is_bound(kernel):

@@ -6,9 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 import lorajax as lj
+from experiments.objective import make_dpo
+from lorajax import language
 from lorajax.data import Batches, Preferences, Supervised
+from lorajax.shard.placement import LOCAL
 from lorajax.train.dpo import WithReference, make_dpo_loss, preference_losses, reference, sequence_log_probs
 from lorajax.train.step import init_state, make_update
 from lorajax.variants.pissa import PiSSA
@@ -186,3 +190,23 @@ def test_errors():
         preference_losses(zeros, zeros, kind="kto")
     with pytest.raises(ValueError, match="label_smoothing=0.5 with kind='dpo'"):
         preference_losses(zeros, zeros, label_smoothing=0.5)
+
+
+def test_dropout_and_noise_are_the_policys_alone():
+    """`experiments.objective` on a GPT-2 that drops half of everything: the loss differs by key, at the start too; with
+    the policy's rates at 0 it is log 2 again."""
+    case = golden.load("lora_conv1d_gpt2", hidden_dropout=0.5, attention_dropout=0.5)
+    batch = Batches(PAIRS, 3, shuffle=False, shapes=1).batch(0, 0)
+    model = language.Model(case.model, case.params, (), None, None, "", "", "", LOCAL)
+    sites = lj.sites(case.model.apply, case.params, batch["input_ids"][:, 0])
+    adapt = lj.adapt(sites, [(".*/kernel", lj.LoRA(rank=2))])
+    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), case.params)
+    c = ConfigDict({"neftune": 5.0, "packing": False, "dpo": {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}})
+
+    def told(training, key):
+        loss = make_dpo(c, model, adapt, training)
+        return jax.jit(lambda tr, key: loss(WithReference(adapt).bind(tr, frozen), batch, key))(trainable, key)[1]
+
+    one, two = (float(told(True, jax.random.key(seed))["rewards/margins"]) for seed in (1, 2))
+    assert one != two and 0.0 not in (one, two)
+    assert float(told(False, None)["rewards/margins"]) == 0.0
