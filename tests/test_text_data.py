@@ -98,7 +98,7 @@ def test_bleu_and_rouge_by_hand() -> None:
                 most |= Counter(zip(*[other[i:] for i in range(n)], strict=False))
             matched[n - 1] += sum((grams & most).values())
             possible[n - 1] += sum(grams.values())
-    bleu = 100 * min(1.0, np.exp(1 - wanted / length)) * np.exp(np.mean(np.log(matched / possible)))
+    bleu = min(1.0, np.exp(1 - wanted / length)) * np.exp(np.mean(np.log(matched / possible)))
 
     def common(a: list[str], b: list[str]) -> int:
         table = np.zeros((len(a) + 1, len(b) + 1), int)
@@ -114,7 +114,7 @@ def test_bleu_and_rouge_by_hand() -> None:
     scores = text_scores(TEXTS, REFERENCES)
     assert list(scores) == ["bleu", "chrf", "rouge_l"]
     assert scores["bleu"] == pytest.approx(bleu, rel=1e-6)
-    assert scores["rouge_l"] == pytest.approx(100 * np.mean(rouge), rel=1e-6)
+    assert scores["rouge_l"] == pytest.approx(np.mean(rouge), rel=1e-6)
 
 
 def test_chrf_by_hand() -> None:
@@ -131,13 +131,13 @@ def test_chrf_by_hand() -> None:
         both = sum((a & b).values())
         shares.append((both / sum(a.values()), both / sum(b.values())))
     precision, recall = np.mean(shares, axis=0)
-    want = 100 * 5 * precision * recall / (4 * precision + recall)
+    want = 5 * precision * recall / (4 * precision + recall)
     assert text_scores([text], [[reference]])["chrf"] == pytest.approx(want, rel=1e-6)
 
 
 def test_scores_of_equal_and_of_missing_texts() -> None:
     whole = text_scores(["A small cat sat there."] * 2, [["a small cat sat there."], ["x", "A small cat sat there."]])
-    assert whole["bleu"] == pytest.approx(100) and whole["rouge_l"] == pytest.approx(100)
+    assert whole["bleu"] == pytest.approx(1) and whole["rouge_l"] == pytest.approx(1)
     for texts, references in (([], []), (["a"], [[]]), (["a"], [["a"], ["b"]])):
         with pytest.raises(ValueError, match="each needs one"):
             text_scores(texts, references)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU, chrF and ROUGE-L of n texts, each against one reference or more; 0 to 100, higher is better in all.
+    """BLEU, chrF and ROUGE-L of n texts, each against one reference or more; 0 to 1, higher is better in all.
 
     `bleu` (Papineni et al., 2002) and `chrf` (Popovic, 2015): of the whole set. BLEU sees lower-cased tokens of
     mteval-13a, as the E2E challenge's script does; chrF the texts as they are. `rouge_l` (Lin, 2004): F1 of the longest
@@ -30,7 +30,7 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     pairs = zip(texts, references, strict=True)
     best = [rouge.score_multi(list(refs), text)["rougeL"].fmeasure for text, refs in pairs]
     return {
-        "bleu": sacrebleu.corpus_bleu(list(texts), columns, lowercase=True).score,
-        "chrf": sacrebleu.corpus_chrf(list(texts), columns).score,
-        "rouge_l": 100.0 * sum(best) / len(best),
+        "bleu": sacrebleu.corpus_bleu(list(texts), columns, lowercase=True).score / 100.0,
+        "chrf": sacrebleu.corpus_chrf(list(texts), columns).score / 100.0,
+        "rouge_l": sum(best) / len(best),
     }
