@@ -31,7 +31,7 @@ from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
 from lorajax.models import Bert, BertConfig, params_from_hf
 from lorajax.shard.mesh import make_mesh
-from lorajax.shard.placement import Placement
+from lorajax.shard.placement import LOCAL, Placement
 from lorajax.shard.rules import defaults as sharding_rules
 from lorajax.variants import INITIALIZERS, NAMES, o_lora
 from lorajax.variants.initializer import Initializer
@@ -70,7 +70,7 @@ class Model(NamedTuple):
     fresh: tuple[str, ...]
     folder: Path
     fingerprint: str
-    place: Placement
+    place: Placement = LOCAL
 
 
 def load_data(config: ConfigDict) -> Data:
