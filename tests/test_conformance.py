@@ -13,13 +13,14 @@ import optax
 import pytest
 from conformance import ROWS, Row, perturbed, started
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 import lorajax as lj
 from lorajax import quant, variants
 from lorajax.core.packed import unpacked
 from lorajax.core.sites import by_path
 from lorajax.core.variant import Variant
+from lorajax.shard.mesh import make_mesh
+from lorajax.shard.placement import Placement
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import INITIALIZERS, NAMES, LoRA
 
@@ -350,9 +351,15 @@ def test_trains_on_eight_examples_in_one_compile(row: Row) -> None:
     assert len(traces) == 1
 
 
-@every_model
-def test_a_step_on_a_mesh_is_that_of_one_device_and_survives_a_checkpoint(row: Row, tmp_path: Any) -> None:
-    apply, adapt, trainable, frozen, _, x = model(row, scan=True)
+ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = {"data 8": {"data": 8}, "fsdp 8": {"fsdp": 8}, "tensor 4 x data 2": {"tensor": 4, "data": 2},
+          "fsdp 2 x tensor 2 x data 2": ALL_AXES}  # fmt: skip
+LIE = ((".*up/kernel", ("fsdp", "tensor")), (".*down/kernel", (("tensor", "fsdp"), None)))
+
+
+def learned(row: Row, scan: bool, *meshes: dict[str, int]) -> tuple[lj.Adapt, Any, lj.Frozen]:
+    """One step of one label on one device, after comparing it with the same step on each mesh."""
+    apply, adapt, trainable, frozen, _, x = model(row, scan)
     # One label learns, all others are frozen by the optimizer: what does not learn must not move.
     learns = max(jax.tree.leaves(adapt.labels))
     rates = {label: 0.1 if label == learns else 0.0 for label in jax.tree.leaves(adapt.labels)}
@@ -363,21 +370,32 @@ def test_a_step_on_a_mesh_is_that_of_one_device_and_survives_a_checkpoint(row: R
         updates, _ = tx.update(jax.grad(fit)(trainable), tx.init(trainable), trainable)
         return optax.apply_updates(trainable, updates)
 
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
-    sharded = frozen._replace(base={k: place(w, None, None, "tensor") if k.endswith("kernel") else place(w)
-                                    for k, w in frozen.base.items()},
-                              aux=place(frozen.aux), shared=place(frozen.shared))
     alone = jax.jit(step)(trainable, frozen, x)
-    spread = jax.jit(step)(place(trainable), sharded, place(x, "data"))
-    arrays = (jax.tree.leaves(tree) for tree in (spread, alone, trainable, adapt.labels))
-    for got, want, before, label in zip(*arrays, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()), err_msg=label)
-        assert bool(jnp.any(want != before)) == (label == learns), label
+    for sizes in meshes:
+        place = Placement(make_mesh(sizes), LIE)
+        base = {path: jax.device_put(frozen.base[path], at) for path, at in place.base(frozen.base).items()}
+        made = place.adopt(adapt, (trainable, frozen._replace(base=base)))
+        spread = jax.jit(step, out_shardings=place.adapters(adapt)[0])(*made, place.batch({"x": np.asarray(x)})["x"])
+        arrays = (jax.tree.leaves(tree) for tree in (spread, alone, trainable, adapt.labels))
+        for got, want, before, label in zip(*arrays, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()), err_msg=label)
+            assert bool(jnp.any(want != before)) == (label == learns), label
+    return adapt, alone, frozen
 
+
+@every_model
+def test_a_step_on_a_mesh_is_that_of_one_device_and_survives_a_checkpoint(row: Row, tmp_path: Any) -> None:
+    adapt, alone, frozen = learned(row, True, ALL_AXES)
     with Checkpoints(tmp_path / "checkpoints") as saved:
         state = {"trainable": alone, "kept": adapt.kept(frozen)}
         saved.save(1, state, {})
-        back, _ = saved.restore({"trainable": trainable, "kept": adapt.kept(frozen)})
+        back, _ = saved.restore(jax.tree.map(jnp.zeros_like, state))
     assert jax.tree.structure(back["trainable"]) == jax.tree.structure(alone)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, state))
+
+
+@pytest.mark.slow
+@every_model
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_step_on_every_mesh(row: Row, scan: bool) -> None:
+    learned(row, scan, *MESHES.values())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import process
 import pytest
+from tiny import glue_folder, model_folder
 
 from lorajax.shard import hosts
 from lorajax.shard.mesh import MeshError
@@ -29,9 +30,9 @@ def start(count: int, *words: str, devices: int = 2, program: tuple[str, ...] = 
                         "PYTHONPATH": str(TESTS.parent), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # fmt: skip
     if count > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
-    all_ = [subprocess.Popen([sys.executable, *program, *words], env=env | {"JAX_PROCESS_ID": str(i)}, text=True,
-                             cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for i in range(count)]  # fmt: skip
+    which = [{"JAX_PROCESS_ID": str(i)} if count > 1 else {} for i in range(count)]
+    all_ = [subprocess.Popen([sys.executable, *program, *words], env=env | own, text=True, cwd=TESTS.parent,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for own in which]
     outs = [one.communicate(timeout=600)[0] for one in all_]
     return [one.returncode for one in all_], outs
 
@@ -83,6 +84,28 @@ def killed(folder: Path, count: int, mesh: str, victim: int) -> None:
 def test_a_killed_process_stops_all_and_the_same_command_goes_on(tmp_path: Path, count: int, mesh: str,
                                                                  victim: int) -> None:
     killed(tmp_path, count, mesh, victim)
+
+
+@pytest.mark.slow
+def test_the_main_experiment_in_two_processes(tmp_path: Path) -> None:
+    """DyLoRA: its rank is drawn in the step, and it evaluates under masks."""
+    model, glue = model_folder(tmp_path / "model"), glue_folder(tmp_path / "data")
+    words = [f"--config=configs/dylora.py:task=sst2,model={model},rank=2,targets=qv", f"--config.data={glue}",
+             "--config.max_length=16", "--config.batch=8", "--config.eval_batch=16", "--config.shapes=1",
+             "--config.log_every=1", "--config.dropout=0.1", "--config.epochs=1", "--config.study=tiny",
+             "--config.accumulate=2"]  # fmt: skip
+    found = []
+    for name, count, mesh in (("one", 1, []), ("two", 2, ["--config.mesh.data=2", "--config.mesh.fsdp=-1"])):
+        codes, outs = start(count, *words, *mesh, f"--workdir={tmp_path / name}", program=("-m", "experiments.glue"))
+        assert codes == [0] * count, outs
+        assert "head on the frozen encoder" in outs[0]
+        (folder,) = (tmp_path / name).glob("tiny/*/seed=*")
+        found.append(folder)
+    one, two = found
+    for a, b in zip(rows(one), rows(two), strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+    assert {path.name for path in one.iterdir()} >= {path.name for path in two.iterdir() if "events" not in path.name}
+    assert len(list(two.glob("events.*"))) == 1
 
 
 @pytest.mark.parametrize(
