@@ -47,7 +47,7 @@ MAY_USE = {  # of other people's packages, where the house restricts them
     "models": {"jax", "numpy", "flax"},
     "config": CONFIGURATION,
     "sweep": CONFIGURATION,
-    "report": {"numpy", "scipy"},
+    "report": {"numpy", "scipy", "matplotlib"},
     "configs": CONFIGURATION,
 }
 TOPS = ("lorajax", "experiments", "configs")
