@@ -105,7 +105,16 @@ def adalora(adapt: Any, *, total_steps: int, target_rank: float = 8.0, t_initial
     # The pattern is final behind update `start` itself (peft), or the one after it.
     settled = min(start + (1 if timing == "peft" or start % delta_t == 0 else 2), total_steps)
     return Controller(init=init, masks=lambda state: None, update=update, settled=settled,
-                      report=lambda state: {"ranks_kept": sum(int(k.sum()) for k in state.kept.values())})
+                      report=lambda state: ranks_kept(state.kept))
+
+
+def ranks_kept(kept: dict[str, jax.Array]) -> dict[str, int | float]:
+    """`ranks_kept`, over all, and ``rank/<path>`` of each matrix (``rank/<path>[i]`` of a stack), from the patterns."""
+    each: dict[str, int | float] = {}
+    for path, pattern in jax.device_get(kept).items():
+        for index in np.ndindex(*pattern.shape[:-1]):
+            each[f"rank/{path}" + (f"[{','.join(map(str, index))}]" if index else "")] = int(pattern[index].sum())
+    return {"ranks_kept": sum(each.values()), **each}
 
 
 def budget_schedule(total_steps: int, t_initial: int, t_final: int, initial: int, target: int) -> np.ndarray:
