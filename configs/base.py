@@ -1,7 +1,8 @@
 """What the configs of an experiment share: data, model, optimizer and loop. A method's own file sets the rest.
 
 The arguments after the name of a method's config are the same for all: `task`, `model`, `rank`, `targets` (a preset,
-`all`, or a regex on paths) and `smoke`, the form that takes seconds.
+`all`, or a regex on paths), `recipe` (`fair` for that of the comparison, the same for every method) and `smoke`, the
+form that takes seconds.
 """
 
 import importlib
@@ -39,11 +40,21 @@ SMALL = {
     "reviews": (32, 2, 1e-3, 64),
 }
 
+# recipe=fair, over whatever the method's own file says: what is no part of a method is the same for all. No dropout and
+# no decay, which act on unlike arrays in unlike methods; a rate of its own for the head, so that `lr` is the method's;
+# one padded length and one number of steps, so that tasks share compiled programs; and one evaluation, at the end: the
+# best of several would be chosen on the split that it is reported for.
+FAIR = {"batch": 16, "steps": 1000, "eval_every": 1000, "shapes": 0, "dropout": 0.0, "head_dropout": 0.0,
+        "weight_decay": 0.0, "head_lr": 1e-3, "warmup": 0.06, "schedule": "linear", "steps_per_call": 10,
+        "log_every": 50, "probe": False}  # fmt: skip
+FAIR_LENGTH = {"mrpc": 128, "rte": 128, "mnli": 128, "qnli": 128, "qqp": 128, "wnli": 128}  # the others: 64
+
 
 def arguments(arg: str | None, rank: int | None = 8, targets: str = "all-linear", **more: Any) -> ConfigDict:
     """What stands after the config's name. rank: None for a method that has none. more: a method's own arguments."""
     ranked = {} if rank is None else {"rank": rank}
-    return config.arguments(arg, task="reviews", model="minilm", **ranked, targets=targets, smoke=False, **more)
+    given: dict[str, Any] = {"task": "reviews", "model": "minilm", **ranked, "targets": targets, "recipe": "own"}
+    return config.arguments(arg, **given, smoke=False, **more)
 
 
 def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any) -> ConfigDict:
@@ -55,7 +66,7 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.study = "glue"
     c.seed = 0
     # Data. data: folder of parquet files in the hub's layout, '' for LORAJAX_DATA or the hub. examples: of each split,
-    # 0 for all. shapes: how many padded lengths, that is how many programs are compiled.
+    # 0 for all. shapes: how many padded lengths, that is how many programs are compiled; 0: one, of max_length.
     c.data = ""
     c.examples = 0
     c.max_length = length
@@ -76,10 +87,12 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.mesh = {"data": 1, "fsdp": 1, "tensor": 1, "trial": 1}
     c.shard = {}
     # Optimizer: a row of lorajax.optim.NAMES with its settings. warmup: a fraction of the run. head_lr: 0 is lr.
+    # steps: in place of epochs, 0 for these.
     c.optimizer = {"name": "adamw"}
     c.lr = lr or usual * lr_times
     c.head_lr = 0.0
     c.epochs = float(epochs)
+    c.steps = 0
     c.warmup = 0.06
     c.schedule = "linear"
     c.weight_decay = 0.1
@@ -109,8 +122,11 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.steps_per_call = 1
     c.probe = True
     c.update(values)
+    if config.choose("recipe", args.recipe, {"own": False, "fair": True}):
+        c.update(FAIR, max_length=FAIR_LENGTH.get(args.task, 64))
     if args.smoke:
         c.update(examples=128, max_length=16, shapes=1, batch=16, eval_batch=64, epochs=1.0, log_every=1)
+        c.update(steps=min(c.steps, 8), eval_every=min(c.eval_every, 8), steps_per_call=min(c.steps_per_call, 4))
     return c
 
 

@@ -19,7 +19,7 @@ from configs.base import arguments, glue
 def get_config(arg: str | None = None) -> ConfigDict:
     args = arguments(arg, rank=256)
     c = glue(args, lr_times=10.0, weight_decay=0.0)
-    c.head_lr = c.lr / 10  # the head is no vector: LoRA's rate
+    c.head_lr = c.head_lr or c.lr / 10  # the head is no vector: LoRA's rate
     c.variant = {
         "name": "vera",
         "rank": args.rank,

@@ -8,6 +8,7 @@ The run's folder is <workdir>/<study>/<config and overrides>/seed=<n>; the same 
 a signal came, the run is saved, the same command goes on. Exit code 1: the loss is not finite, or the command is wrong.
 """
 
+import datetime
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from lorajax.shard.mesh import MeshError
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
 from lorajax.train.compiled import compile_cache
+from lorajax.train.footprint import step_bytes
 from lorajax.train.progress import Progress
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal
 from lorajax.train.step import init_state, make_eval, make_step
@@ -118,10 +120,12 @@ def main(argv: list[str]) -> None:
         log_every = build.every(c.log_every, epoch, n)
         made = calls(batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n)
         lead, rows = (n > 1) + (c.accumulate > 1), c.batch // c.accumulate
+        widest: Any = None  # the longest batch, whose program needs the most memory
         with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
             for begun, batch in ahead(lambda step: place.batch(made(step), lead, rows), range(step, total, n)):
                 state, metrics = step_fn(state, frozen, batch)
                 step = begun + n
+                widest = longer(widest, batch)
                 if not np.all(metrics["finite"]):
                     saved.save(begun + int(np.sum(metrics["finite"])), state, best)
                     raise SystemExit(diagnosis(loss, adapt, state, frozen, batch, metrics, controller,
@@ -152,6 +156,7 @@ def main(argv: list[str]) -> None:
                     print(f"{stop.signal}: saved at step {step} of {total}; the same command resumes it", flush=True)
                     raise SystemExit(EXIT_INTERRUPTED)
 
+        memory = step_bytes(step_fn, state, frozen, widest) if widest else 0
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
         left, arrays, rest = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
@@ -163,7 +168,8 @@ def main(argv: list[str]) -> None:
             baselines["head on the frozen encoder"] = probe(model, found, batches)
         seconds = time.monotonic() - began
         report(c, found.task, baselines, best, trained, seconds)
-        told = {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1)}
+        told = {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1),
+                "memory": memory}
         extra = controller.report(state.control)
         run.finish(summary(launch, found.task, best, total, baselines, trained, extra) | told)
 
@@ -181,7 +187,12 @@ def summary(launch: config.Launch, task: data.Task, best: Any, steps: int, basel
     row = {"task": task.name, "headline": task.headline, "scores": best["scores"], "best_step": best["step"]}
     row |= {"steps": steps, "baselines": baselines, "trainable_parameters": trained, **extra}
     row |= {"views": best["views"]} if best["views"] else {}
-    return row | {"device": jax.devices()[0].device_kind, "seed": launch.config.seed, "name": launch.name}
+    row |= {"device": jax.devices()[0].device_kind, "seed": launch.config.seed, "name": launch.name}
+    return row | {"said": dict(launch.said), "date": datetime.date.today().isoformat()}
+
+
+def longer(one: Any, other: Any) -> Any:
+    return one if one and one["input_ids"].size >= other["input_ids"].size else other
 
 
 def inputs(batch: data.Batch) -> tuple[Any, Any, Any]:

@@ -4,54 +4,37 @@
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 import lorajax as lj
 from experiments import glue
+from experiments.members import Member, assemble, narrow, numbers, prepared, record, shared_config
 from lorajax import build, config, data, sweep
-from lorajax.control import Controller
-from lorajax.core.sites import by_path
 from lorajax.data.feed import ahead, calls
 from lorajax.models import adapter_names
 from lorajax.shard import hosts
 from lorajax.train.checkpoint import Checkpoints
-from lorajax.train.pack import Pack, Parts, make_packed_eval, make_packed_step, pack, unpack, widen
+from lorajax.train.footprint import step_bytes
+from lorajax.train.pack import Pack, make_packed_eval, make_packed_step, pack, unpack
 from lorajax.train.progress import Progress
-from lorajax.train.run import Run, run_folder, write_json
-from lorajax.train.step import TrainState, init_state
-
-# A run's rank, where it may differ from the others'.
-RANKS = ("variant.rank", "args.rank")
-
-
-class Member(NamedTuple):
-    """One run of a pack. adapt: of its own rank, for the adapter that it leaves."""
-
-    launch: config.Launch
-    folder: Path
-    state: TrainState
-    frozen: lj.Frozen
-    adapt: lj.Adapt
-    controller: Controller
-    batches: dict[str, data.Batches]
-    trained: int
+from lorajax.train.run import Run
 
 
 def train(group: sweep.Group, stop: Any) -> None:
     # One base and one tokenisation for all.
     c = shared_config(group)
-    found = build.load_data(c)
-    members, make, model, total = assemble(group, c, found)
+    begun = prepared(c)
+    found, model = begun.found, begun.model
+    members, make, total = assemble(group, c, begun)
     predict = lj.lift(model.net.apply)
     # On a mesh runs lie along `trial`. Where they do not fill it, the last one stands in the empty places, inactive.
     place, width = model.place, model.place.sizes.get("trial", 1)
@@ -88,11 +71,13 @@ def train(group: sweep.Group, stop: Any) -> None:
         lead = 1 + (n > 1) + (c.accumulate > 1)
         makers = [calls(m.batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n) for m in all_]
         made = lambda step: place.batch(side_by_side([one(step) for one in makers]), lead, rows, trial=True)  # noqa: E731
+        widest: Any = None  # the longest batch, whose program needs the most memory
         with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
-            for start, batch in ahead(made, range(step, total, n)):
+            for first, batch in ahead(made, range(step, total, n)):
                 active = np.array([i not in lost and i < len(members) for i in range(len(all_))])
                 packed, metrics = step_fn(packed, batch, active)
-                step = start + n
+                step = first + n
+                widest = glue.longer(widest, batch)
                 bar.update(n, examples=n * c.batch * len(members))
                 if step % log_every == 0:
                     last = jax.device_get(jax.tree.map(lambda x: x[:, -1] if n > 1 else x, metrics))
@@ -119,7 +104,7 @@ def train(group: sweep.Group, stop: Any) -> None:
                             best[i] = {"step": step, "scores": scores[i], "views": views[i]}
                     kept = choose(improved, (packed.state.trainable, packed.state.control), kept)
                 leaving = stop.now()
-                if step % eval_every == 0 or step == total or leaving:
+                if (step % eval_every == 0 and step < total) or leaving:
                     told = {"best": best, "step": step, "lost": {str(i): why for i, why in lost.items()}}
                     saved.save(step, (packed.state, kept), told)
                 if stop:
@@ -127,6 +112,7 @@ def train(group: sweep.Group, stop: Any) -> None:
                     return
 
         seconds = bar.elapsed / len(members)
+        memory = alone(step_fn.jitted, packed, widest, active) if widest else 0  # type: ignore[attr-defined]
         steps, kept = np.asarray(hosts.fetch(packed.state.step)), hosts.fetch(kept)
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
@@ -138,74 +124,19 @@ def train(group: sweep.Group, stop: Any) -> None:
             trainable = narrow(trainable, m.adapt.plan)
             glue.save(m.folder / "adapter", m.adapt, trainable, m.frozen, base=model.fingerprint,
                       names=adapter_names(model.net.config), task_type="SEQ_CLS")
-            told = {"seconds": round(seconds, 1), "packed_with": len(members) - 1}
+            told = {"seconds": round(seconds, 1), "packed_with": len(members) - 1, "memory": memory}
             extra = m.controller.report(state)
             run.finish(glue.summary(m.launch, found.task, best[i], total, baselines, m.trained, extra) | told)
+    hosts.wait("pack")
+    if hosts.writes():
+        shutil.rmtree(folder)  # the pack's checkpoints: every member has left what it leaves
 
 
-def shared_config(group: sweep.Group) -> ConfigDict:
-    # What all have in common, at the largest rank.
-    c = ConfigDict(group.launches[0].config.to_dict())
-    if "variant.rank" in group.differ:
-        c.variant.rank = max(one.config.variant.rank for one in group.launches)
-    return c
-
-
-def numbers(group: sweep.Group, launch: config.Launch) -> dict[str, float]:
-    # A run's own numbers. At a lower rank alpha makes up for the rank that the shared program divides by.
-    flat = config.flatten(launch.config)
-    own = {key: flat[key] for key in group.differ if key not in ("seed", *RANKS)}
-    if "lr" in own or "head_lr" in own:
-        own |= {"lr": flat["lr"], "head_lr": flat["head_lr"] or flat["lr"]}
-    if "variant.rank" in group.differ:
-        mine: Any = build.variant(launch.config)
-        shared: Any = build.variant(shared_config(group))
-        own["variant.alpha"] = mine.scale / dataclasses.replace(shared, alpha=1.0).scale
-    return own
-
-
-def assemble(group: sweep.Group, c: ConfigDict, found: build.Data) -> Any:
-    model, tokens = None, None
-    members: list[Member] = []
-    for launch in group.launches:
-        own = launch.config
-        head_key, adapter_key, train_key = jax.random.split(jax.random.key(own.seed), 3)
-        loaded = build.load_model(own, found.task, head_key)
-        model = model or loaded
-        tokens = tokens or build.tokens(c, found, model.folder)
-        batches = build.batches(own, tokens)
-        total = build.total_steps(c, len(batches["train"]))
-        if not members:
-            sites = lj.sites(model.net.apply, model.variables, *glue.inputs(batches["train"].batch(0, 0)))
-            flat, _ = by_path(model.variables)
-        adapt = lj.adapt(sites, build.rules(own, model))
-        place = model.place
-        trainable, frozen = jax.jit(adapt.init, out_shardings=place.adapters(adapt))(adapter_key, loaded.variables)
-        frozen = frozen._replace(base={path: flat[path] for path in frozen.base})
-        trained = sum(x.size for x in jax.tree.leaves(trainable))
-        tx, controller = build.optimizer(own, adapt, model, total), build.controller(own, adapt, total)
-        if "variant.rank" in group.differ:
-            trainable |= {p: widen(trainable[p], choice.leaves, c.variant.rank) for p, choice in adapt.plan.items()}
-        start = jax.jit(lambda k, t, tx=tx, controller=controller: init_state(k, t, tx, controller))
-        state = start(train_key, trainable)
-        members.append(Member(launch, folder_of(launch), state, frozen, adapt, controller, batches, trained))
-    assert model is not None
-    whole, loss = model, glue.make_loss(model.net, found.task, c)
-
-    def make(values: Any) -> Parts:
-        # Also inside the trace: the numbers stand in the config like any others.
-        mine = ConfigDict(c.to_dict())
-        for key, value in values.items():
-            *parents, last = key.split(".")
-            node: Any = mine
-            for parent in parents:
-                node = node[parent]
-            with node.ignore_type():
-                node[last] = value
-        adapt = lj.adapt(sites, build.rules(mine, whole))
-        return Parts(loss, adapt, build.optimizer(mine, adapt, whole, total), build.controller(mine, adapt, total))
-
-    return members, make, model, total
+def alone(jitted: Any, packed: Pack, batch: Any, active: Any) -> int:
+    # Bytes of one member's step, as if it were alone: all that is shared, and its part of the rest.
+    shared = sum(x.nbytes for x in jax.tree.leaves(packed.common))
+    whole = step_bytes(jitted, packed.state, packed[1:], batch, active)
+    return shared + (whole - shared) // len(active) if whole else 0
 
 
 def spread(packed: Pack, adapt: Any, place: Any) -> tuple[Pack, Any]:
@@ -254,32 +185,3 @@ def further(evaluate: Any, packed: Pack, found: build.Data, members: list[Member
         for row, mine in zip(rows, scored, strict=True):
             row[name] = mine
     return rows
-
-
-def narrow(trainable: Any, plan: dict[str, Any]) -> Any:
-    # Arrays of the run's own rank: what `widen` added is zeros.
-    def cut(path: str, arrays: Any) -> Any:
-        leaves, rank = plan[path].leaves, getattr(plan[path], "rank", None)
-        if rank is None:
-            return arrays
-
-        def one(name: str, x: Any) -> Any:
-            axes = leaves[name].axes
-            if x is None or "rank" not in axes:
-                return x
-            return jax.lax.slice_in_dim(x, 0, rank, axis=x.ndim - len(axes) + axes.index("rank"))
-
-        return arrays._replace(**{name: one(name, x) for name, x in arrays._asdict().items()})
-
-    return {path: cut(path, arrays) if path in plan else arrays for path, arrays in trainable.items()}
-
-
-def folder_of(launch: config.Launch) -> Path:
-    return run_folder(launch.options["workdir"], launch.config.study, launch.name, launch.config.seed)
-
-
-def record(folder: Path, reason: str) -> None:
-    if not hosts.writes():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "failed.json", {"reason": reason})

@@ -1,16 +1,19 @@
 """Trains every run of a study, side by side where one program can: same base, stacked adapters.
 
     python -m experiments.sweep --config configs/studies/rank_sweep.py[:task=...] [--workdir=runs] [--pack=32]
-                                [--slice=i/n] [--dry-run] [--trial=-1]
+                                [--memory=GiB] [--slice=i/n] [--dry-run] [--trial=-1]
                                 [--coordinator=host:port --processes=2 --process=0]
 
 A run's folder is the one that `experiments.glue` would make of the same settings, and its numbers are the same. What is
-finished is skipped, so the same command goes on after an interruption (exit code 75). pack: runs that train together
-(0: up to 32; half as many when the device's memory is not enough). slice: this host's part of the study, for hosts that
-share nothing. trial: devices among which the runs of a pack are shared out (-1: all), for one program on all devices of
-one host or of several.
+finished is skipped, so the same command goes on after an interruption (exit code 75). The plan comes first, with an
+estimate of time and memory; tables and plots come last, also under <workdir>/reports. pack: runs that train together
+(0: as many as the estimate says fit, up to 64; half as many when the memory is not enough after all). memory:
+of a device, where not all of it is ours (0: what the device says, 9/10 of it). slice: this host's part of the study,
+for hosts that share nothing. trial: devices among which the runs of a pack are shared out (-1: all), for one program on
+all devices of one host or of several.
 """
 
+import importlib.util
 import json
 import time
 import traceback
@@ -21,12 +24,15 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import glue, packed
-from experiments.packed import RANKS, folder_of, record
+from experiments.estimate import SHARE, Estimate, compiles, estimate, matmul_rate
+from experiments.members import RANKS, folder_of, record
 from lorajax import build, config, report, sweep
 from lorajax.shard import hosts
 from lorajax.train.compiled import compile_cache
+from lorajax.train.footprint import device_bytes
 from lorajax.train.run import EXIT_INTERRUPTED, stop_on_signal
 
+MOST = 64  # runs in one program: twice as many were no faster on an H200 with a small encoder
 # Numbers that may differ inside one program. Ranks may too where a run at a lower rank is the same run among zeros:
 # with these methods and these optimizers, which look at every element alone.
 NUMBERS = ("seed", "lr", "head_lr", "weight_decay", "variant.alpha", "variant.dropout", "optimizer.ratio")
@@ -34,7 +40,8 @@ RANKED, ELEMENTWISE = ("lora",), ("adamw", "lora_plus", "lora_fa")
 
 
 def main(argv: list[str]) -> None:
-    options = {"config": "", "workdir": "runs", "pack": 0, "slice": "0/1", "dry_run": False, "trial": 1, **hosts.FLAGS}
+    options = {"config": "", "workdir": "runs", "pack": 0, "memory": 0.0, "slice": "0/1", "dry_run": False, "trial": 1,
+               **hosts.FLAGS}
     asked = flags(argv, options)
     hosts.start(**{name: asked[name] for name in hosts.FLAGS})
     trials = sweep.part(sweep.load_study(asked["config"]), asked["slice"])
@@ -43,8 +50,10 @@ def main(argv: list[str]) -> None:
     launches = [sweep.launch(trial, workdir=asked["workdir"], resume=True) for trial in trials]
     compile_cache()
     todo = [one for one in launches if not done(folder_of(one))]
-    groups = plan(todo, asked["pack"])
-    describe(launches, todo, groups)
+    known: dict[str, Estimate] = {}
+    limit = asked["memory"] * 2**30 or 0.9 * (device_bytes() or 0)
+    groups = plan(todo, asked["pack"], 1024.0 * hosts.agreed(int(limit / 1024)), known)
+    describe(launches, todo, groups, known)
     hosts.wait("plan")  # of what there is before anyone adds to it
     if asked["dry_run"]:
         return
@@ -71,7 +80,8 @@ def main(argv: list[str]) -> None:
     if stop:
         print(f"{stop.signal}: the same command goes on", flush=True)
         raise SystemExit(EXIT_INTERRUPTED)
-    table(launches)
+    if hosts.writes():
+        finish(launches, Path(asked["workdir"]) / "reports" / label(asked["config"]))
 
 
 def flags(argv: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -100,12 +110,16 @@ def done(folder: Path) -> bool:
     return (folder / "summary.json").exists() or (folder / "failed.json").exists()
 
 
-def by_itself(c: ConfigDict) -> bool:
-    # What only a run of its own can do: read data before it starts, rewrite the base, restart, add to earlier adapters.
+def by_itself(c: ConfigDict) -> str:
+    # Why only a run of its own can do it; '' where a pack can.
     choices: list[Any] = [build.variant(c), *(choice for _, choice in build.also(c))]
-    reads = any(getattr(one, "statistic", None) is not None for one in choices) or c.ranks.budget > 0
-    changes = any(getattr(one, "rewrites_weight", False) for one in choices)
-    return reads or changes or bool(c.earlier.folders) or c.controller.name == "relora"
+    reasons = {
+        "it reads data before it starts": c.ranks.budget > 0 or any(getattr(one, "statistic", None) for one in choices),
+        "it rewrites the base": any(getattr(one, "rewrites_weight", False) for one in choices),
+        "it adds to earlier adapters": bool(c.earlier.folders),
+        "it restarts": c.controller.name == "relora",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def widens(c: ConfigDict) -> bool:
@@ -117,25 +131,40 @@ def widens(c: ConfigDict) -> bool:
     return not method.initial.subtracts
 
 
-def plan(launches: list[config.Launch], size: int) -> list[sweep.Group]:
-    alone = [one for one in launches if by_itself(one.config)]
-    ranked = [one for one in launches if one not in alone and widens(one.config)]
-    rest = [one for one in launches if one not in alone and one not in ranked]
-    size = size or 32
-    return [*sweep.groups(ranked, (*NUMBERS, *RANKS), size), *sweep.groups(rest, NUMBERS, size),
-            *sweep.groups(alone, (), 1)]  # fmt: skip
+def plan(launches: list[config.Launch], size: int, limit: float = 0.0,
+         known: dict[str, Estimate] | None = None) -> list[sweep.Group]:
+    # size: 0 for as many as `limit` bytes hold, by the estimates in `known`, which is filled here.
+    kinds: dict[str, list[config.Launch]] = {"ranked": [], "rest": [], "alone": []}
+    for one in launches:
+        kinds["alone" if by_itself(one.config) else "ranked" if widens(one.config) else "rest"].append(one)
+    found = [*sweep.groups(kinds["ranked"], (*NUMBERS, *RANKS), size or MOST),
+             *sweep.groups(kinds["rest"], NUMBERS, size or MOST)]  # fmt: skip
+    if limit and not size:
+        fits = [estimate(group, {} if known is None else known).fits(limit, MOST) for group in found]
+        found = [part for group, n in zip(found, fits, strict=True)
+                 for part in sweep.groups(group.launches, group.differ, n)]
+    return [*found, *sweep.groups(kinds["alone"], (), 1)]
 
 
-def describe(launches: list[Any], todo: list[Any], groups: list[sweep.Group]) -> None:
+def describe(launches: list[Any], todo: list[Any], groups: list[sweep.Group], known: dict[str, Estimate]) -> None:
     print(f"{len(launches)} runs, {len(launches) - len(todo)} of them finished; {len(todo)} to train in {len(groups)} "
           f"programs")
     lost = [one for one in launches if (folder_of(one) / "failed.json").exists()]
     if lost:
         print(f"  {len(lost)} of the finished ones failed; a run whose failed.json is deleted is tried again")
-    for group in groups:
+    if not groups:
+        return
+    found, rate = [estimate(group, known) for group in groups], SHARE * matmul_rate()
+    seconds = [one.flops * len(group.launches) / rate / one.width for group, one in zip(groups, found, strict=True)]
+    memory = [one.footprint.of(-(-len(group.launches) // one.width)) for group, one in zip(groups, found, strict=True)]
+    for group, time_, bytes_ in zip(groups, seconds, memory, strict=True):
         first = group.launches[0]
+        why = f" (alone: {reason})" if (reason := by_itself(first.config)) else ""
         differ = f" (differ in {', '.join(group.differ)})" if group.differ else ""
-        print(f"  {len(group.launches):>4} x {first.name}{differ}")
+        print(f"  {len(group.launches):>4} x {first.name}{differ or why}: about {time_ / 60:.1f} minutes, "
+              + (f"{bytes_ / 2**30:.2f} GiB" if bytes_ else "memory not known"))
+    print(f"about {sum(seconds) / 60:.0f} minutes on {jax.devices()[0].device_kind}, without compiling "
+          f"{compiles(groups, found)} programs at most; at most {max(memory) / 2**30:.2f} GiB at a time", flush=True)
 
 
 def train(group: sweep.Group, stop: Any) -> None:
@@ -157,19 +186,33 @@ def failed(one: config.Launch, error: Exception) -> None:
         record(folder_of(one), "".join(traceback.format_exception(error))[-4000:])
 
 
-def table(launches: list[config.Launch]) -> None:
-    # Mean and spread at each method's own best rate, then who failed and why.
-    finished, lost = [], []
-    for one in launches:
-        folder = folder_of(one)
-        if (folder / "summary.json").exists():
-            finished += report.read(folder)
-        elif (folder / "failed.json").exists():
-            lost.append((one, json.loads((folder / "failed.json").read_text())["reason"]))
-    if finished:
-        print(report.markdown(report.cells(finished)))
-    for one, reason in lost:
-        print(f"failed: {one.name}, seed {one.config.seed}: {reason[-200:]}")
+def label(spec: str) -> str:
+    # Of a study with its arguments, fit for a folder.
+    file, _, args = spec.partition(":")
+    return ",".join(filter(None, (Path(file).stem, args.replace("/", "-"))))
+
+
+def finish(launches: list[config.Launch], folder: Path) -> None:
+    # Mean and spread at each method's own best rate, in a table and in plots; then who failed and why.
+    there = [folder_of(one) for one in launches]
+    if finished := [path for path in there if (path / "summary.json").exists()]:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = report.read(finished)
+        text = report.markdown(report.cells(results)) + f"\n\nMeasured on: {report.setting(results)}.\n"
+        (folder / "table.md").write_text(text)
+        report.write_csv(results, folder / "runs.csv")
+        print(text)
+        if importlib.util.find_spec("matplotlib"):
+            from lorajax.report import figures
+
+            made = [path.name for path in figures.save(results, folder)]
+            print(f"{folder}: table.md, runs.csv, {', '.join(made)}")
+        else:
+            print(f"{folder}: table.md, runs.csv; no figures without matplotlib: pip install 'lorajax[plots]'")
+    for one, path in zip(launches, there, strict=True):
+        if (path / "failed.json").exists() and path not in finished:
+            reason = json.loads((path / "failed.json").read_text())["reason"]
+            print(f"failed: {one.name}, seed {one.config.seed}: {reason[-200:]}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from lorajax.core.fingerprint import fingerprint
 from lorajax.core.rules import PRESETS, Rule
 from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
-from lorajax.models import Bert, BertConfig, params_from_hf
+from lorajax.models import Bert, BertConfig, fresh_params, params_from_hf
 from lorajax.shard.mesh import make_mesh
 from lorajax.shard.placement import LOCAL, Placement
 from lorajax.shard.rules import defaults as sharding_rules
@@ -99,9 +99,11 @@ def tokens(config: ConfigDict, found: Data, folder: Path) -> dict[str, data.Toke
 
 
 def batches(config: ConfigDict, tokens: dict[str, data.Tokens]) -> dict[str, data.Batches]:
-    """Batches of every split, padded to the same `config.shapes` lengths; 'train' is shuffled by the seed."""
+    """Batches of every split, padded to the same `config.shapes` lengths (0: all to `config.max_length`); 'train' is
+    shuffled by the seed."""
     every = np.concatenate([t.lengths for t in tokens.values()])
-    lengths = data.bucket_lengths(every, config.shapes, config.batch)
+    fixed = (config.max_length,)
+    lengths = data.bucket_lengths(every, config.shapes, config.batch) if config.shapes else fixed
     evaluation = {
         name: data.Batches(t, config.eval_batch, shuffle=False, lengths=lengths)
         for name, t in tokens.items()
@@ -149,6 +151,17 @@ def load_model(config: ConfigDict, task: data.Task, key: jax.Array) -> Model:
     return Model(Bert(settings), loaded.variables, loaded.fresh, folder, fingerprint(pretrained), place)
 
 
+def with_head(model: Model, key: jax.Array) -> dict[str, Any]:
+    """`model.variables` with the head that `load_model` would draw from `key`; the pretrained arrays are the same."""
+    flat = traverse_util.flatten_dict(model.variables, sep="/")
+    fresh = fresh_params(model.net.config, {path: flat[path] for path in model.fresh}, key)
+    if model.place.mesh is not None:
+        fresh = {path: jax.make_array_from_callback(x.shape, flat[path].sharding, np.asarray(x).__getitem__)
+                 for path, x in fresh.items()}
+    flat |= fresh
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def compute_dtype(config: ConfigDict) -> Any:
     """`auto` is bfloat16 on an accelerator and float32 on a CPU."""
     if config.compute_dtype == "auto":
@@ -156,9 +169,10 @@ def compute_dtype(config: ConfigDict) -> Any:
     return choose("compute_dtype", config.compute_dtype, DTYPES)
 
 
-def variant(config: ConfigDict) -> Variant | Full:
-    """The method with its hyperparameters, `config.variant`."""
-    return _variant(config.variant.to_dict())
+def variant(config: ConfigDict) -> Variant | Full | None:
+    """The method with its hyperparameters, `config.variant`; None for 'none', which trains the head alone."""
+    fields = config.variant.to_dict()
+    return None if fields["name"] == "none" else _variant(fields)
 
 
 def also(config: ConfigDict) -> list[Rule]:
@@ -211,7 +225,8 @@ def rules(config: ConfigDict, model: Pretrained) -> list[Rule]:
         raise ConfigError(f"unknown targets {targets!r}{nearest(targets, known)} There are: {', '.join(known)}, "
                           f"or a regular expression that matches whole paths, such as '.*/query/kernel'")
     head: list[Rule] = [(f"{re.escape(top)}/.*", Full()) for top in sorted(tops)]
-    return [*head, *also(config), (".*" if targets == "all" else targets, variant(config))]
+    method = variant(config)
+    return [*head, *also(config), *([(".*" if targets == "all" else targets, method)] if method else [])]
 
 
 def after(config: ConfigDict, adapt: Adapt, model: Pretrained) -> Adapt:
@@ -225,8 +240,10 @@ def after(config: ConfigDict, adapt: Adapt, model: Pretrained) -> Adapt:
 
 
 def total_steps(config: ConfigDict, per_epoch: int) -> int:
-    """Optimizer steps of the run: `config.epochs`, in whole calls of `config.steps_per_call`."""
-    return max(1, round(config.epochs * per_epoch / config.steps_per_call)) * config.steps_per_call
+    """Optimizer steps of the run: `config.steps`, or where that is 0 `config.epochs`, in whole calls of
+    `config.steps_per_call`."""
+    steps = config.steps or config.epochs * per_epoch
+    return max(1, round(steps / config.steps_per_call)) * config.steps_per_call
 
 
 def every(steps: int, per_epoch: int, steps_per_call: int) -> int:

@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -37,12 +38,14 @@ class Launch(NamedTuple):
 
     config: locked ConfigDict. name: of the config with its arguments and overrides, fit for a folder, without the seed,
     which has a folder of its own. options: the script's own flags, typed by their defaults. words: as they were given.
+    said: what differs from the file's defaults, dotted key -> value (arguments by their bare names), without the seed.
     """
 
     config: ConfigDict
     name: str
     options: dict[str, Any]
     words: tuple[str, ...] = ()
+    said: Mapping[str, Any] = MappingProxyType({})
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -183,24 +186,27 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
     for name, text in overrides.items():
         override(config, name, text)
     file = spec.partition(":")[0]
-    name = run_name(Path(file).stem, flatten(load(file)), before, flatten(config))
-    return Launch(config.lock(), name, out, tuple(argv))
+    said = differences(flatten(load(file)), before, flatten(config))
+    return Launch(config.lock(), run_name(Path(file).stem, said), out, tuple(argv), said)
 
 
-def run_name(stem: str, default: Mapping[str, Any], built: Mapping[str, Any], final: Mapping[str, Any]) -> str:
-    """The canonical name of a config: its file, the arguments that are not the defaults, the values that were set.
+def differences(default: Mapping[str, Any], built: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are not the defaults and the values that were set, but for the seed.
 
-    Args:
-      stem: the config file's name.
-      default, built, final: the flat config without arguments; with them; with dotted flags too. What was set to the
-        value it already had leaves no trace, nor do the sizes of the mesh, on which no number depends; the order of
-        flags does not matter. A name too long for a folder ends in
-        a hash.
+    default, built, final: the flat config without arguments; with them; with dotted flags too. What was set to the
+    value it already had leaves no trace, nor do the sizes of the mesh, on which no number depends; the order of flags
+    does not matter.
     """
     # The built config has every argument; one that `default` has not is new by itself.
     said = {k[5:]: v for k, v in built.items() if k.startswith("args.") and default.get(k, ...) != v}
-    said |= {k: v for k, v in final.items() if built.get(k, ...) != v and k != "seed" and not k.startswith("mesh.")}
-    name = ",".join([stem, *(f"{k}={_plain(v)}" for k, v in said.items())])
+    set_ = {k: v for k, v in final.items() if built.get(k, ...) != v and k != "seed"}
+    return said | {k: v for k, v in set_.items() if not k.startswith("mesh.")}
+
+
+def run_name(stem: str, said: Mapping[str, Any]) -> str:
+    """The canonical name of a config: its file and what is said beyond it, but for the study, which has a folder of its
+    own. A name too long for a folder ends in a hash."""
+    name = ",".join([stem, *(f"{k}={_plain(v)}" for k, v in said.items() if k != "study")])
     name = re.sub(r"[^A-Za-z0-9_.,=+\-]+", "-", name)
     if len(name) > _NAME_LIMIT:
         name = f"{name[:_NAME_LIMIT - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

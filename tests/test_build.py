@@ -87,7 +87,8 @@ def test_every_config_makes_rules_an_optimizer_and_a_controller(files, traced, n
     small = {"vb_lora": ",vector_length=4", "oft": ",block_size=8", "trainable_tokens": ",tokens=2+3"}.get(name, "")
     c = parse(files, name, (",rank=2" if ranked else "") + small)
     adapt = lj.adapt(sites, build.rules(c, model))
-    assert adapt.count() > sum(model.variables["params"]["classifier"][leaf].size for leaf in ("kernel", "bias"))
+    head = sum(model.variables["params"]["classifier"][leaf].size for leaf in ("kernel", "bias"))
+    assert adapt.count() == head if name == "head" else adapt.count() > head
     build.optimizer(c, adapt, model, 100)
     build.controller(c, adapt, 100)
 
@@ -314,3 +315,38 @@ def test_targets_may_be_a_regex_and_must_match(files):
     assert [p for p, v in adapt.plan.items() if isinstance(v, lj.LoRA)] == ["params/layer_1/ffn/up/kernel"]
     with pytest.raises(lj.RuleError, match="matches no path"):
         adapted(parse(files, "lora", r",targets=.*/layer_7/.*"))
+
+
+def test_steps_stand_in_for_epochs_and_one_length_for_many(files):
+    c = parse(files, "lora", "", "--config.shapes=0", "--config.steps=12", "--config.steps_per_call=5")
+    _, _, batches, _ = adapted(c)
+    assert batches["train"].lengths == batches["validation"].lengths == (16,)
+    assert batches["train"].batch(0, 0)["input_ids"].shape == (8, 16)
+    assert build.total_steps(c, 1000) == 10
+    assert build.total_steps(parse(files, "lora", "", "--config.epochs=2"), 7) == 14
+
+
+def test_another_head_on_the_same_encoder(files):
+    c = parse(files)
+    task = build.load_data(c).task
+    one, other = (build.load_model(c, task, jax.random.key(seed)) for seed in (0, 1))
+    found = build.with_head(one, jax.random.key(1))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, other.variables))
+    assert not np.array_equal(found["params"]["classifier"]["kernel"], one.variables["params"]["classifier"]["kernel"])
+    embeddings = [tree["params"]["embeddings"]["word"]["embedding"] for tree in (found, one.variables)]
+    assert embeddings[0] is embeddings[1]
+
+
+def test_the_head_alone(files):
+    _, model, _, adapt = adapted(parse(files, "head"))
+    assert set(adapt.plan) == set(model.fresh)
+
+
+def test_the_fair_recipe_goes_before_a_methods_own():
+    for name in ("full", "adalora", "vera", "sora"):
+        c = config.load(f"configs/{name}.py:task=rte,recipe=fair")
+        assert (c.batch, c.steps, c.max_length) == (16, 1000, 128)
+        assert (c.weight_decay, c.head_lr, c.head_dropout) == (0.0, 1e-3, 0.0)
+    assert config.load("configs/sora.py:recipe=fair").clip == 0.1
+    with pytest.raises(config.ConfigError, match="unknown recipe 'fare': did you mean 'fair'"):
+        config.load("configs/lora.py:recipe=fare")

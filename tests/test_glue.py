@@ -259,7 +259,8 @@ def test_a_typo_is_one_line_and_a_failure():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: unknown config argument 'rnak': did you mean 'rank'? There are: task, model, rank, targets, smoke"
+        "error: unknown config argument 'rnak': did you mean 'rank'? "
+        "There are: task, model, rank, targets, recipe, smoke"
     ]
 
 

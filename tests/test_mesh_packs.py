@@ -64,6 +64,7 @@ def test_runs_along_trial_are_those_of_one_device(study: Path, tmp_path: Path, m
                 made.append({x.sharding.spec[0] for x in jax.tree.leaves(pack.state)})
             return step(pack, batch, active)
 
+        run.jitted = step.jitted  # type: ignore[attr-defined]
         return run
 
     monkeypatch.setattr(packed, "make_packed_step", kept)

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.sweep import by_itself, plan
-from lorajax import config
+from lorajax import build, config
 from lorajax.sweep import chain, each, fixed, groups, launch, load_study, part, product, words, zipit
 
 
@@ -88,3 +88,47 @@ def test_studies() -> None:
     assert max(scales) - min(scales) < 1e-6
     with pytest.raises(config.ConfigError, match="is not a study"):
         load_study("configs/lora.py")
+
+
+FAIR = {"lora", "lora_plus", "lora_fa", "dora", "adalora", "dylora", "sora", "vera", "pissa", "olora", "milora", "loha",
+        "full", "head"}  # fmt: skip
+
+
+def test_the_fair_study_packs_the_rates_and_seeds_of_each_method() -> None:
+    assert len(load_study("configs/studies/fair_glue.py")) == 15 * 8 * 5 * 5
+    launches = [launch(t, workdir="runs", resume=True) for t in load_study("configs/studies/fair_glue.py:task=rte")]
+    assert {one.name.partition(",")[0] for one in launches} == FAIR
+    assert len({(*one.said.items(), one.name) for one in launches}) == 15 * 8
+    found = plan(launches, 0)
+    assert [len(group.launches) for group in found] == [40] * 15
+    assert {group.differ for group in found} == {("lr", "seed")}
+    # What is no part of a method is the same for all; the rate is the method's, not the head's.
+    shared = ("steps", "batch", "max_length", "shapes", "dropout", "head_dropout", "weight_decay", "warmup",
+              "schedule", "eval_every", "accumulate", "label_smoothing", "neftune", "pooling")  # fmt: skip
+    for key in shared:
+        assert len({getattr(one.config, key) for one in launches}) == 1, key
+    assert {one.config.head_lr for one in launches if one.name[:4] != "head"} == {1e-3}
+    assert {one.config.head_lr for one in launches if one.name[:4] == "head"} == {0.0}
+    assert {one.config.variant.get("dropout", 0.0) for one in launches} == {0.0}
+    assert {build.total_steps(one.config, per_epoch) for one in launches for per_epoch in (78, 4210)} == {1000}
+
+
+@pytest.mark.parametrize(("study", "runs", "programs"), [
+    ("rank_sweep", 126, 2), ("dylora_ranks", 9 * 15, 3), ("adalora_budget", 2 * 3 * 15, 4),
+    ("adalora_budget.py:watch", 3, 3), ("targets", 5 * 20, 3)])  # fmt: skip
+def test_studies_of_findings(study: str, runs: int, programs: int) -> None:
+    spec = f"configs/studies/{study}" if ".py" in study else f"configs/studies/{study}.py"
+    launches = [launch(trial, workdir="runs", resume=True) for trial in load_study(spec)]
+    assert len(launches) == runs
+    assert len(plan(launches, 0)) == programs
+    smoke = load_study(spec + (",smoke" if ":" in spec else ":smoke"))
+    assert 0 < len(smoke) <= 8
+    assert all(launch(trial).config.steps <= 8 for trial in smoke)
+
+
+def test_why_a_run_is_alone() -> None:
+    alone = {"eva": "it reads data before it starts", "relora": "it restarts", "lora": "", "pissa": "", "full": ""}
+    for name, reason in alone.items():
+        assert by_itself(launch({"config": name}).config) == reason
+    assert by_itself(launch({"config": "pissa", "variant.fold": True}).config) == "it rewrites the base"
+    assert by_itself(launch({"config": "o_lora", "earlier.folders": "x"}).config) == "it adds to earlier adapters"

@@ -1,5 +1,6 @@
 """A study end to end on a tiny model: packed runs leave what the same runs leave alone, and resume exactly."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny import glue_folder, model_folder
 
 from experiments import glue, packed, sweep
 from lorajax import config
+from lorajax.sweep import launch, load_study
 from lorajax.train.run import EXIT_INTERRUPTED
 
 STUDY = '''
@@ -69,6 +71,7 @@ def test_a_packed_run_leaves_what_the_run_alone_leaves(files: Any, runs: Path) -
             np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
         ours, theirs = json.loads(summary.read_text()), json.loads((alone / "summary.json").read_text())
         assert ours["scores"] == theirs["scores"]
+        assert 0.5 < ours["memory"] / theirs["memory"] < 2  # what the run would need alone
         for key in ("best_step", "trainable_parameters", "name", "seed", "steps"):
             assert ours[key] == theirs[key]
 
@@ -166,3 +169,36 @@ def test_a_pack_that_fails_is_tried_run_by_run(files: Any, tmp_path: Path, monke
     assert "by that run" in failed.read_text()
     sweep.main([f"--config={files / 'study.py'}", f"--workdir={tmp_path}", "--dry-run"])
     assert "1 of the finished ones failed; a run whose failed.json is deleted" in capsys.readouterr().out
+
+
+def test_packs_are_as_large_as_the_memory_allows(files: Any, capsys: Any) -> None:
+    trials = load_study(str(files / "study.py"))
+    launches = [launch(trial, workdir=str(files / "none"), resume=True) for trial in trials]
+    known: dict[str, Any] = {}
+    whole = sweep.plan(launches, 0, 1e12, known)
+    assert [len(group.launches) for group in whole] == [5, 1]
+    size = known[next(iter(known))].footprint
+    for fits in (1, 2, 3, 5):
+        limit = size.of(fits) + 0.5 * size.own
+        *ranked, full = [len(group.launches) for group in sweep.plan(launches, 0, limit, known)]
+        assert (max(ranked), sum(ranked), full) == (fits, 5, 1)
+    assert [len(g.launches) for g in sweep.plan(launches, 4, size.of(1))] == [4, 1, 1]  # what was asked for goes first
+    memory = f"--memory={size.of(2) / 2**30 * 1.01}"
+    sweep.main([f"--config={files / 'study.py'}", f"--workdir={files / 'none'}", "--dry-run", memory])
+    out = capsys.readouterr().out
+    assert "6 to train in 4 programs" in out
+    # Two of rank 2, two of rank 3, the one that diverges, full fine-tuning; in 2 lengths, for training and evaluation.
+    assert "without compiling 16 programs at most" in out
+    assert f"{size.of(2) / 2**30:.2f} GiB" in out
+
+
+def test_a_study_ends_with_a_table_and_plots(files: Any, runs: Path) -> None:
+    pytest.importorskip("matplotlib")
+    there = runs / "reports" / "study"
+    assert {path.name for path in there.iterdir()} >= {"table.md", "runs.csv", "comparison.png", "rates.png"}
+    assert "| full |" in (there / "table.md").read_text()
+    with (there / "runs.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 5
+    assert {row["method"] for row in found} == {"lora,rank=2", "lora,rank=2,variant.dropout=0.1",
+                                                "lora,rank=3", "lora,rank=3,variant.dropout=0.1", "full"}  # fmt: skip

@@ -4,7 +4,7 @@ r"""Score against rank, LoRA at alpha / r and rank-stabilised: 2 scales x 7 rank
     python -m experiments.sweep --config configs/studies/rank_sweep.py:task=mrpc
     python -m experiments.sweep --config configs/studies/rank_sweep.py:smoke
 
-Rank-stabilised alpha is 16 / sqrt(8), so that both scales agree at rank 8.
+Rank-stabilised alpha is 16 / sqrt(8), so that both scales agree at rank 8. The figure is `ranks.png`.
 
 Measured: not yet.
 """
@@ -21,7 +21,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args.smoke:
         ranks, rates, seeds = [1, 2], [1e-3], range(2)
     scales = zipit(each("variant.rslora", [False, True]), each("variant.alpha", [16.0, 5.656854]))
-    where = fixed(**{"config": "lora", "arg.task": args.task, "arg.model": args.model, "arg.smoke": args.smoke})
+    where = fixed(**{"study": "rank_sweep", "config": "lora", "arg.task": args.task, "arg.model": args.model,
+                     "arg.recipe": "fair", "arg.smoke": args.smoke})  # fmt: skip
     c = ConfigDict({"args": args})
     c.trials = product(where, scales, each("arg.rank", ranks), each("lr", rates), each("seed", seeds))
     return c

@@ -5,7 +5,7 @@ from lorajax.models import bert_checkpoint, llama_checkpoint  # noqa: F401
 from lorajax.models.adapter_names import adapter_names
 from lorajax.models.bert import Bert
 from lorajax.models.bert_config import BertConfig
-from lorajax.models.checkpoint import Loaded, hf_modules, hf_names, params_from_hf, params_to_hf
+from lorajax.models.checkpoint import Loaded, fresh_params, hf_modules, hf_names, params_from_hf, params_to_hf
 from lorajax.models.deberta import Deberta, DebertaConfig
 from lorajax.models.families import FAMILIES, model_from_hf
 from lorajax.models.gpt2 import GPT2, GPT2Config
@@ -37,6 +37,7 @@ __all__ = [
     "Whisper",
     "WhisperConfig",
     "adapter_names",
+    "fresh_params",
     "hf_modules",
     "hf_names",
     "model_from_hf",

@@ -212,6 +212,12 @@ def _spread(form: Layout, config: Any, shapes: Mapping[str, tuple[int, ...]], pr
     return traverse_util.unflatten_dict(flat, sep="/"), tuple(fresh)
 
 
+def fresh_params(config: Any, like: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """The head's parameters as `params_from_hf` initialises them from `key`; like: path -> an array of the shape."""
+    std = layout(config).init_std
+    return {path: _initial(path, x.shape, std, config.param_dtype, key) for path, x in like.items()}
+
+
 def params_to_hf(config: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Inverse of `params_from_hf`: tensors by the names that Hugging Face's model class writes.
 

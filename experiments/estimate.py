@@ -1,0 +1,99 @@
+"""What a study will take, from shapes alone: the memory and the arithmetic of every program before it is compiled.
+
+Time is a guess: the multiplications of the model's weights at a quarter of the rate of one large matrix product on this
+device, the share that a prototype of packed runs had on an H200 (a small encoder; larger models do better). Compilation
+is not in it. The study's own progress lines say what it really takes.
+"""
+
+import json
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lorajax as lj
+from experiments.members import maker, prepared, shared_config
+from lorajax import build, config, start, sweep
+from lorajax.train.footprint import Footprint, footprint
+
+SHARE = 0.25
+
+
+class Estimate(NamedTuple):
+    """Of one group.
+
+    footprint: 0 where it waits for data. flops: of one of its runs. program: what makes its compiled programs; groups
+    that agree in it and in their size share them. lengths: padded lengths, each a program for training and one for
+    evaluation. width: devices that share the runs.
+    """
+
+    footprint: Footprint
+    flops: float
+    program: str
+    lengths: tuple[int, ...]
+    width: int
+
+    def fits(self, limit: float, most: int) -> int:
+        """Runs of a pack, at most `most` a device, that need less than `limit` bytes of each."""
+        return self.width * self.footprint.runs(limit, most)
+
+
+def estimate(group: sweep.Group, known: dict[str, Estimate]) -> Estimate:
+    # known: estimates by what they depend on; it is filled here.
+    c = shared_config(group)
+    alike = ("seed", "lr", *group.differ)
+    key = json.dumps({k: v for k, v in config.flatten(c).items() if k not in alike}, sort_keys=True, default=str)
+    if key not in known:
+        known[key] = measure(c, key, {one.program: one.footprint for one in known.values()})
+    return known[key]
+
+
+def measure(c: Any, key: str, footprints: dict[str, Footprint]) -> Estimate:
+    begun = prepared(c)
+    batches = build.batches(c, begun.tokens)
+    train = batches["train"]
+    total = build.total_steps(c, len(train))
+    parts = maker(c, begun, total)({})
+    rows, longest = c.batch // c.accumulate, train.lengths[-1]
+    batch = {name: jax.ShapeDtypeStruct((rows, *((longest,) if x.ndim > 1 else ())), x.dtype)
+             for name, x in train.batch(0, 0).items()}
+    # The weights that are multiplied: forward, backward to the activations (where something in the encoder is trained),
+    # and those trained themselves once more.
+    sizes = {path: math.prod(site.shape) for path, site in begun.sites.items() if site.op == "matmul"}
+    back = 2.0 if any(path in sizes and path not in begun.model.fresh for path in parts.adapt.plan) else 0.0
+    own = sum(n for path, n in sizes.items() if isinstance(parts.adapt.plan.get(path), lj.Full))
+    slots = {name: float(b.tokens.lengths.sum()) / (1 - b.padding()) for name, b in batches.items()}
+    evaluations = total // build.every(c.eval_every, len(train), c.steps_per_call) or 1
+    flops = total * slots["train"] / len(train) * ((2.0 + back) * sum(sizes.values()) + 2.0 * own)
+    flops += evaluations * 2.0 * sum(sizes.values()) * sum(n for name, n in slots.items() if name != "train")
+    program = json.dumps([total, begun.found.task.outputs, begun.found.task.regression, [*train.lengths],
+                          {k: v for k, v in json.loads(key).items() if k not in ("args.task", "data", "epochs")}])
+    if program not in footprints:
+        waits = start.reads_data(c, parts.adapt)
+        footprints[program] = Footprint(0, 0) if waits else footprint(parts, begun.model.variables, batch)
+    return Estimate(footprints[program], flops, program, tuple(train.lengths),
+                    begun.model.place.sizes.get("trial", 1))
+
+
+def compiles(groups: list[sweep.Group], found: list[Estimate]) -> int:
+    """Programs that XLA has to compile for training and evaluation, at most."""
+    distinct = {(one.program, len(group.launches), group.differ): len(one.lengths)
+                for group, one in zip(groups, found, strict=True)}
+    return 2 * sum(distinct.values())
+
+
+def matmul_rate() -> float:
+    """FLOP per second of one large matrix product on the first device, the best of three."""
+    cpu = jax.default_backend() == "cpu"
+    n, dtype = (1024, jnp.float32) if cpu else (8192, jnp.bfloat16)
+    x = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best
