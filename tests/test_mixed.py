@@ -14,6 +14,7 @@ import lorajax as lj
 from lorajax.io import peft
 from lorajax.models import Bert, BertConfig, Llama, LlamaConfig, adapter_names
 from lorajax.models.cache import Cache
+from lorajax.quant import NF4, quantize
 from lorajax.variants import IA3, AdaLoRA, DoRA, HydraLoRA, LoHa, LoRA, MiSS, VeRA
 
 SIZES = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -189,6 +190,28 @@ def test_spans_of_tokens() -> None:
         for t, span in enumerate(spans[row]):
             i = index[row, span] if 0 <= span < 2 else -1
             np.testing.assert_allclose(got[row, t], of[i][row][t], atol=1e-5, rtol=1e-5)
+
+
+def test_a_quantised_base() -> None:
+    """Banks made from two copies of one packed base; another base is refused."""
+    rng = np.random.default_rng(3)
+    w, x = np.float32(rng.normal(size=(8, 6))), jnp.float32(rng.normal(size=(3, 4, 8)))
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return x @ p["w"]
+
+    packed = [{"w": quantize(m, NF4(block=8, double=False))} for m in (w, w, w + 1)]
+    adapt = lj.adapt(lj.sites(apply, {"w": w}, x), [("w", LoRA(2))])
+    many, _ = several(adapt, packed[0], 1)
+    banks = [lj.bank(adapt, jax.tree.map(lambda y, i=i: y * i, many), adapt.frozen(p, {}))
+             for i, p in enumerate(packed, 1)]  # fmt: skip
+    got = lj.mixed(apply, strict=True)(lj.join(banks[:2]), np.array([1, -1, 0]), x)
+    adapter = one(many, 0)["w"]
+    update = 4 * adapter.A @ adapter.B  # alpha 8, rank 2
+    for row, times in enumerate((4, 0, 1)):
+        np.testing.assert_allclose(got[row], x[row] @ (packed[0]["w"].dense() + times * update), atol=1e-5)
+    with pytest.raises(ValueError, match="w: .*one base"):
+        lj.join([banks[0], banks[2]])
 
 
 def test_decoding_with_a_cache() -> None:

@@ -159,9 +159,13 @@ def _joined(path: str, found: list[Any], counts: list[int]) -> Any:
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether two weights are the same, as far as that can be known: traced ones by their shape alone."""
-    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
-        return one.shape == other.shape and one.dtype == other.dtype
-    return one.shape == other.shape and one.dtype == other.dtype and bool(jnp.array_equal(one, other))
+    trees: list[Any] = [jax.tree.structure(x) for x in (one, other)]  # several arrays where it is packed
+    if one.shape != other.shape or one.dtype != other.dtype or trees[0] != trees[1]:
+        return False
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    if any(isinstance(x, jax.core.Tracer) for pair in pairs for x in pair):
+        return True
+    return all(bool(jnp.array_equal(x, y)) for x, y in pairs)
 
 
 def _beside(path: str, terms: list[Term], counts: list[int]) -> Term:
