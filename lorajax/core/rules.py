@@ -82,10 +82,10 @@ def _fitted(choice: Variant | Full, path: str, sites: Sites) -> Variant | Full:
     if isinstance(choice, Full):
         return choice
     site = sites[path]
-    choice = choice.for_lookup() if site.op == "lookup" else choice
-    if site.op == "conv":
-        choice = choice.for_conv(site.n_in // site.shape[site.in_axes[-1]])
     try:
+        choice = choice.for_lookup() if site.op == "lookup" else choice
+        if site.op == "conv":
+            choice = choice.for_conv(site.n_in // site.shape[site.in_axes[-1]])
         choice.check(site.n_in, site.n_out)
     except ValueError as error:
         raise RuleError(f"{path} {site.shape}: {error}") from error
