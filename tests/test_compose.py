@@ -116,6 +116,9 @@ def test_weights_trained_in_full() -> None:
         compose.compose(both)
     with pytest.raises(ValueError, match="every adapter trained bias in full.*params="):
         compose.compose(both, full="drop")
+    adapt, of, _ = compose.blended(both, full=0)
+    np.testing.assert_array_equal(of(np.float32([0.5, 0.5]))["head"].w, both[0].trainable["head"].w)
+    assert list(adapt.plan) == ["bias", "head", "stack"]
     taken = compose.compose(both, full=1, weights=[0.5, 0.5])
     np.testing.assert_array_equal(taken.trainable["head"].w, both[1].trainable["head"].w)
     added = compose.compose(both, full="sum", weights=[2.0, -1.0], params=PARAMS)

@@ -9,7 +9,7 @@ import pytest
 from composing import ONE, PARAMS, TWO, trained, updates
 
 import lorajax as lj
-from lorajax import compose
+from lorajax import compose, quant
 from lorajax.variants import DoRA, LoRA
 
 
@@ -71,6 +71,23 @@ def test_dense_methods_are_merged_without_a_rank() -> None:
     assert compose.unmerge(merged, [ONE, TWO]).params["stack"] is PARAMS["stack"] or not compose.unmerge(merged).entries
     with pytest.raises(ValueError, match="is in these weights already"):
         compose.merge(PARAMS, [ONE, ONE])
+
+
+def test_a_quantised_base_is_added_to_as_it_is_read() -> None:
+    packed = quant.plan(trained(0, LoRA(rank=1)).adapt.sites, [("stack", quant.NF4(block=6))]).quantize(PARAMS)
+    one, two = (trained(i, LoRA(rank=2), packed) for i in (1, 2))
+    read = packed["stack"].dense()
+    for made in (compose.compose([one, two], weights=[0.5, 2.0]), compose.interpolate([one, two], [0.5, 0.5])):
+        have = made.adapt.merge(made.trainable, made.frozen)["stack"] - read
+        s = (0.5, 2.0) if isinstance(made, compose.Composed) else (0.5, 0.5)
+        want = sum(w * x.adapt.plan["stack"].scale * x.trainable["stack"].A @ x.trainable["stack"].B
+                   for w, x in zip(s, (one, two), strict=True))
+        np.testing.assert_allclose(have, want, atol=1e-5)
+    merged = compose.merge(packed, one)
+    np.testing.assert_allclose(merged.params["stack"], one.adapt.merge(one.trainable, one.frozen)["stack"], atol=1e-6)
+    assert compose.unmerge(merged).params["stack"] is packed["stack"]
+    with pytest.raises(ValueError, match="another base than params: stack"):
+        compose.merge(PARAMS, one)
 
 
 def test_dora_and_heads() -> None:

@@ -109,7 +109,7 @@ def blended(adapters: Sequence[Trained], method: Method = EXACTLY, *, full: Whol
             made[path] = LoRAAdapter(*stacked(found.sites[path], pairs))  # type: ignore[arg-type]
         return {path: {**made, **trained}[path] for path in found.sites.leaves if path in made or path in trained}
 
-    adapt = planned(found, of(ones), trained)
+    adapt = planned(found, {path: x for path, x in of(ones).items() if path not in trained}, trained)
     return adapt, of, Frozen({path: base[path] for path in found.sites.leaves if path not in trained}, {}, {})
 
 

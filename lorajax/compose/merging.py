@@ -22,6 +22,7 @@ from lorajax.compose.svd import join
 from lorajax.compose.wholes import Whole, wholes
 from lorajax.core.fingerprint import fingerprint
 from lorajax.core.layout import leaf
+from lorajax.core.packed import unpacked
 from lorajax.core.sites import by_path
 
 EXACTLY = Sum()
@@ -41,8 +42,8 @@ class Entry(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """params: plain arrays in the base's dtypes. base: the params that were given, the same arrays. entries: what is in
-    them, in order."""
+    """params: plain arrays in the base's dtypes, unpacked where the base is quantised. base: the params as given,
+    the same arrays. entries: what is in them, in order."""
 
     params: Any
     base: Any
@@ -112,9 +113,11 @@ def _remade(base: Any, entries: tuple[Entry, ...]) -> Merged:
             if path in whole:
                 raise ValueError(f"{path} was trained in full by adapters of two merges: say full='drop' for one")
             whole[path] = adapter.w
-    new = dict(leaves)
+    if not entries:
+        return Merged(base, base, ())
+    new = {path: unpacked(w) for path, w in leaves.items()}
     for path in sums.keys() | whole.keys():
-        w = jnp.asarray(whole.get(path, leaves[path]), jnp.float32)
+        w = jnp.asarray(whole.get(path, new[path]), jnp.float32)
         new[path] = sum(sums.get(path, []), w).astype(leaves[path].dtype)
     return Merged(jax.tree.unflatten(tree, list(new.values())), base, entries)
 
@@ -145,6 +148,6 @@ def _times(found: Gathered, leaves: dict[str, Any], paths: list[str]) -> float:
     for path in paths:
         deltas = np.stack([join(part.pairs).delta for part in found.parts(weighted(None, 1), None, [path])])
         update = np.asarray(_leaf(found, path, deltas), np.float64)
-        change = np.asarray(leaves[path], np.float64) - np.asarray(found.base[path], np.float64)
+        change = np.asarray(unpacked(leaves[path]), np.float64) - np.asarray(unpacked(found.base[path]), np.float64)
         along, size = along + float(np.sum(change * update)), size + float(np.sum(update * update))
     return along / size if size else 0.0
