@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a toy shape, in seconds on a CPU")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     o = parser.parse_args()
-    o.tokens = min(o.tokens, 16) if o.smoke else o.tokens
+    if o.smoke:
+        o.tokens, o.rank = min(o.tokens, 16), min(o.rank, 4)
     prefill, decode = programs(SMOKE if o.smoke else SHAPE, o.adapters, o.rank, o.rows, o.tokens, o.scan,
                                jnp.float32 if o.smoke else jnp.bfloat16)
     where, rows = setting(), []
