@@ -262,7 +262,7 @@ def test_what_cannot_be_mixed_says_so() -> None:
 
     bank, x = bank_of(LoRA(2)), jnp.ones((2, 4))
     for call, words in (
-        (lambda: bank_of(LoHa(2)), "LoHa has no low-rank factors.*lorajax.io.plain"),
+        (lambda: bank_of(LoHa(2)), "LoHa has no low-rank factors.*lorajax.compose.as_lora"),
         (lambda: bank_of(MiSS(2, mode="bat")), "MiSS has no low-rank factors"),
         (lambda: bank_of(LoRA(2, initializer="pissa", fold=True)), "another weight than the base.*fold=False"),
         (lambda: bank_of(lj.Full()), "w is trained in full.*give params"),

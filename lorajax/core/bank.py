@@ -55,8 +55,8 @@ def bank(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, *, params: 
             continue
         if not choice.factored:
             raise ValueError(f"{path}: {type(choice).__name__} has no low-rank factors, so a row of a mixed batch "
-                             f"would need a weight of its own: make it plain LoRA (lorajax.io.plain), or run each "
-                             f"adapter alone")
+                             f"would need a weight of its own: make it plain LoRA (lorajax.compose.as_lora), or run "
+                             f"each adapter alone")
         if choice.rewrites_weight:
             raise ValueError(f"{path}: {type(choice).__name__} starts from another weight than the base, and a mixed "
                              f"batch has one base: set fold=False")
