@@ -22,7 +22,7 @@ MADE: conformance.Row = eval(ROW, NAMES)
 
 def meant(check: Any) -> bool:
     """Whether the check's rows are such as merge, as this one does."""
-    rows = [row.values[0] for mark in check.pytestmark if mark.args[0] == "row" for row in mark.args[1]]
+    rows = [row.values[0] for mark in check.pytestmark if mark.args[:1] == ("row",) for row in mark.args[1]]
     return any(row.merges == MADE.merges for row in rows)
 
 
