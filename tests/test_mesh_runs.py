@@ -71,6 +71,8 @@ def same(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert ours
     for name, x in ours.items():
+        if "key/bias" in name or "key.bias" in name:
+            continue  # no attention depends on it: its gradient is rounding alone, which Adam makes steps of
         np.testing.assert_allclose(theirs[name], x, rtol=1e-3, atol=1e-4, err_msg=name)
         if name.endswith("lora_E"):
             np.testing.assert_array_equal(theirs[name] == 0, x == 0)
