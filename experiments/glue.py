@@ -11,6 +11,7 @@ a signal came, the run is saved, the same command goes on. Exit code 1: the loss
 import datetime
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ def main(argv: list[str]) -> None:
     if c.ranks.budget and not resumed:
         adapt = start.by_importance(c, adapt, model, loss, batches["train"], adapter_key)
     adapt = build.after(c, adapt, model)
+    model, rounded = build.quantized(c, adapt, model)
     if resumed:
         adapt, trainable, frozen = start.read(c, adapt, model, folder / "start", place)
     else:
         plain = make_loss(model.net, found.task, c, training=False)
-        adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens, place)
+        adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens, place,
+                                                    made=rounded)
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
@@ -255,7 +258,8 @@ def probe(model: build.Model, found: build.Data, batches: Any) -> dict[str, floa
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    embed = jax.jit(lambda variables, batch: model.net.apply(variables, *inputs(batch), method="embed"),
+    net = lj.lift(partial(model.net.apply, method="embed"))
+    embed = jax.jit(lambda variables, batch: net(variables, *inputs(batch)),
                     out_shardings=model.place.whole)
 
     def features(split: str, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -79,11 +79,12 @@ def main(argv: list[str]) -> None:
     if c.ranks.budget and not resumed:
         adapt = start.by_importance(c, adapt, model, make_sft(c, model, adapt), train, adapter_key)
     adapt = build.after(c, adapt, model)
+    model, rounded = build.quantized(c, adapt, model)
     plain = make_sft(c, model, adapt, training=False)
     if resumed:
         adapt, trainable, frozen = start.read(c, adapt, model, folder / "start", place)
     else:
-        adapt, trainable, frozen = start.make(c, adapt, model, plain, train, adapter_key, tokens, place)
+        adapt, trainable, frozen = start.make(c, adapt, model, plain, train, adapter_key, tokens, place, made=rounded)
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 

@@ -96,7 +96,11 @@ LATER = ("seed", "lr", "head_lr", "weight_decay", "variant.dropout", "optimizer.
 
 
 def assemble(group: sweep.Group, c: ConfigDict, begun: Prepared) -> tuple[list[Member], Any, int]:
-    model, sites = begun.model, begun.sites
+    sites = begun.sites
+    model, rounded = build.quantized(c, lj.adapt(sites, build.rules(c, begun.model)), begun.model)
+    if rounded and any(key.startswith("variant.") for key in group.differ):
+        raise config.ConfigError("a start that is made with the quantised base differs between runs whose variant "
+                                 "differs: leave the variant's settings out of the grid")
     flat, _ = by_path(model.variables)
     total = build.total_steps(c, len(build.batches(c, begun.tokens)["train"]))
     make = maker(c, begun, total)
@@ -111,7 +115,7 @@ def assemble(group: sweep.Group, c: ConfigDict, begun: Prepared) -> tuple[list[M
             adapt = lj.adapt(sites, build.rules(own, model))
             compiled[mine] = adapt, jax.jit(adapt.init, out_shardings=model.place.adapters(adapt))
         adapt, init = compiled[mine]
-        trainable, frozen = init(adapter_key, build.with_head(model, head_key))
+        trainable, frozen = init(adapter_key, build.with_head(model, head_key), rounded)
         frozen = frozen._replace(base={path: flat[path] for path in frozen.base})
         trained = sum(x.size for x in jax.tree.leaves(trainable))
         if "variant.rank" in group.differ:

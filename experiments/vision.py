@@ -61,10 +61,12 @@ def main(argv: list[str]) -> None:
     if c.ranks.budget and not resumed:
         adapt = start.by_importance(c, adapt, model, loss, batches["train"], adapter_key)
     adapt = build.after(c, adapt, model)
+    model, rounded = build.quantized(c, adapt, model)
     if resumed:
         adapt, trainable, frozen = start.read(c, adapt, model, folder / "start")
     else:
-        adapt, trainable, frozen = start.make(c, adapt, model, loss, batches["train"], adapter_key, real(c, model))
+        adapt, trainable, frozen = start.make(c, adapt, model, loss, batches["train"], adapter_key, real(c, model),
+                                              made=rounded)
     print(adapt)
     trained = sum(x.size for x in jax.tree.leaves(trainable))
 
@@ -213,7 +215,7 @@ def frozen_features(c: Any, model: build.Model, found: build.Data, batches: Any)
 
     @jax.jit
     def features(variables: Any, pixels: jax.Array) -> Any:
-        return model.net.apply(variables, prepared(pixels, c.size), method="features")
+        return lj.lift(model.net.apply)(variables, prepared(pixels, c.size), method="features")
 
     def seen(split: str) -> np.ndarray:
         whole = data.ImageBatches(batches[split].images, c.eval_batch, shuffle=False)

@@ -21,12 +21,13 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from lorajax import control, data, optim
+from lorajax import control, data, optim, quant
 from lorajax.config import ConfigError, choose, nearest
 from lorajax.core.adapt import Adapt
 from lorajax.core.adapt import adapt as make_adapt
 from lorajax.core.fingerprint import fingerprint
 from lorajax.core.rules import PRESETS, Rule
+from lorajax.core.sites import by_path
 from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
 from lorajax.models import Bert, BertConfig, fresh_params, params_from_hf
@@ -227,6 +228,26 @@ def rules(config: ConfigDict, model: Pretrained) -> list[Rule]:
     head: list[Rule] = [(f"{re.escape(top)}/.*", Full()) for top in sorted(tops)]
     method = variant(config)
     return [*head, *also(config), *([(".*" if targets == "all" else targets, method)] if method else [])]
+
+
+def quantized(config: ConfigDict, adapt: Adapt, model: Any) -> tuple[Any, dict[str, Any]]:
+    """(`model` on a quantised base, what `start.make` takes as `made`) by `config.quant`; `model` itself where that
+    names no format. The head and what is trained in full stay as they are. model: a NamedTuple like `Model`."""
+    c = config.quant
+    if not c.format:
+        return model, {}
+    if config.controller.name == "relora":
+        raise ConfigError("ReLoRA merges into the base as it trains, and a quantised one would be rounded each time: "
+                          "set quant.format='' or take another method")
+    if getattr(getattr(model, "place", None), "mesh", None) is not None:
+        raise ConfigError("quant.format is for one device so far: set mesh to one device, or quant.format=''")
+    form = choose("quant.format", c.format, quant.FORMATS)
+    asked: dict[str, Any] = {"block": c.block} if c.block else {}
+    asked |= {"double": c.double} if "double" in {field.name for field in dataclasses.fields(form)} else {}
+    plan = quant.plan(adapt.sites, [(c.targets, form(**asked))]).without(adapt)
+    variables, made = plan.start(adapt, model.variables)
+    pretrained = {path: w for path, w in by_path(variables)[0].items() if path not in model.fresh}
+    return model._replace(variables=variables, fingerprint=fingerprint(pretrained)), made
 
 
 def after(config: ConfigDict, adapt: Adapt, model: Pretrained) -> Adapt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,16 @@ def by_importance(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batch
 
 
 def make(config: ConfigDict, adapt: Adapt, model: Any, loss: Any, batches: Any, key: jax.Array,
-         mask: Callable[[Any], jax.Array] | None, place: Placement = LOCAL) -> tuple[Adapt, dict[str, Any], Any]:
+         mask: Callable[[Any], jax.Array] | None, place: Placement = LOCAL,
+         made: Mapping[str, Any] | None = None) -> tuple[Adapt, dict[str, Any], Any]:
     """(adapt, trainable, frozen) at step 0, where `place` has them. A start that reads data gets the first
     `config.calibrate.batches`; `loss` is then without dropout, and `mask` says which tokens count. Ranks may have moved
-    (EVA)."""
-    c, stats = config.calibrate, {}
-    if _statistics(adapt):
+    (EVA). made: what a start got when the base was quantised (`build.quantized`)."""
+    c, stats = config.calibrate, dict(made or {})
+    if _statistics(adapt).keys() - stats.keys():
         few = list(itertools.islice(batches.epoch(), c.batches))
-        stats = calibrate(adapt, lambda params, batch: loss(params, batch, key)[0], model.variables, few, mask=mask,
-                          at_once=c.at_once or None)
+        stats |= calibrate(adapt, lambda params, batch: loss(params, batch, key)[0], model.variables, few, mask=mask,
+                           at_once=c.at_once or None)
         if c.redistribute:
             adapt, stats = redistribute(adapt, stats)
     trainable, frozen = jax.jit(adapt.init, out_shardings=place.adapters(adapt))(key, model.variables, stats)

@@ -8,11 +8,13 @@ from typing import Any
 
 import optax
 
+from lorajax.optim.eight_bit import eight_bit
 from lorajax.optim.freeze_ranks import freeze_ranks
 from lorajax.optim.lora_fa import lora_fa, lora_fa_projected, project_b
 from lorajax.optim.lora_plus import groups, lora_plus
 from lorajax.optim.lora_pro import lora_pro
 from lorajax.optim.lora_rite import lora_rite
+from lorajax.optim.offload import offloaded
 from lorajax.optim.recipe import adamw, restart_schedule, warmup_schedule
 from lorajax.optim.riemannian import riemannian
 from lorajax.optim.sora import sora
@@ -39,6 +41,8 @@ def _lora_fa_projected(learning_rate: Any, *, adapt: Any, **settings: Any) -> op
 
 NAMES: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyType({
     "adamw": lambda learning_rate, *, adapt, **settings: adamw(learning_rate, **settings),
+    "adamw_8bit": lambda learning_rate, *, adapt, **settings: eight_bit(adamw(learning_rate, **settings)),
+    "adamw_paged": lambda learning_rate, *, adapt, **settings: offloaded(adamw(learning_rate, **settings)),
     "lora_plus": _lora_plus,
     "lora_fa": _lora_fa,
     "lora_fa_projected": _lora_fa_projected,
@@ -50,6 +54,6 @@ NAMES: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyT
 """Name -> ``(learning_rate, *, adapt, weight_decay, **settings)``: an optimizer that includes its learning rate."""
 
 __all__ = [
-    "NAMES", "adamw", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "lora_pro", "lora_rite",
-    "project_b", "restart_schedule", "riemannian", "sora", "warmup_schedule",
+    "NAMES", "adamw", "eight_bit", "freeze_ranks", "groups", "lora_fa", "lora_fa_projected", "lora_plus", "lora_pro",
+    "lora_rite", "offloaded", "project_b", "restart_schedule", "riemannian", "sora", "warmup_schedule",
 ]

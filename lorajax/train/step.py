@@ -247,6 +247,9 @@ def _keep(good: jax.Array, new: Any, old: Any) -> Any:
                 f"a step turns state{jax.tree_util.keystr(path)} from {before.dtype}{list(before.shape)} into "
                 f"{after.dtype}{list(after.shape)}: the optimizer and the controller must keep shape and dtype"
             )
+        if getattr(jax.typeof(after), "memory_space", None) == jax.memory.Space.Host:  # nothing is computed there
+            after, before = (jax.device_put(x, jax.memory.Space.Device) for x in (after, before))
+            return jax.device_put(jnp.where(good, after, before), jax.memory.Space.Host)
         return jnp.where(good, after, before)
 
     return jax.tree_util.tree_map_with_path(pick, new, old)

@@ -1,0 +1,80 @@
+"""A quantised base from a config."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorajax as lj
+from lorajax import build, config
+from lorajax.core.packed import unpacked
+from lorajax.quant import NF4, Int8, Quantized
+
+
+class Model(NamedTuple):
+    variables: Any
+    fresh: tuple[str, ...] = ("head",)
+    fingerprint: str = "before"
+
+
+def function(p: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(jnp.tanh(x @ p["up"]) @ p["down"]) @ p["head"]
+
+
+def world(*words: str, variant: Any = None) -> tuple[Any, Any, Model]:
+    draw = np.random.default_rng(0)
+    sizes = {"up": (64, 128), "down": (128, 64), "head": (64, 4)}
+    model = Model({k: jnp.float32(draw.normal(size=s) / 8) for k, s in sizes.items()})
+    sites = lj.sites(function, model.variables, jnp.ones((2, 64)))
+    adapt = lj.adapt(sites, [("head", lj.Full()), ("all-linear", variant or lj.LoRA(rank=4))])
+    return config.parse(["--config=configs/lora.py", *words]).config, adapt, model
+
+
+def test_the_base_is_quantised_and_the_head_is_not() -> None:
+    c, adapt, model = world("--config.quant.format=nf4")
+    new, made = build.quantized(c, adapt, model)
+    assert {k: type(w) for k, w in new.variables.items() if k != "head"} == {"up": Quantized, "down": Quantized}
+    assert new.variables["up"].format == NF4()
+    assert new.variables["head"] is model.variables["head"]
+    assert new.fingerprint != "before" and made == {}
+    other, _ = build.quantized(world("--config.quant.format=int8", "--config.quant.targets=up")[0], adapt, model)
+    assert other.variables["up"].format == Int8() and other.variables["down"] is model.variables["down"]
+    assert build.quantized(world()[0], adapt, model) == (model, {})
+
+
+def test_what_a_config_may_not_ask() -> None:
+    for words, error in ((("--config.quant.format=nf5",), "nf5.*did you mean"),
+                         (("--config.quant.format=nf4", "--config.controller.name=relora"), "ReLoRA merges into")):
+        with pytest.raises(config.ConfigError, match=error):
+            build.quantized(*world(*words))
+    with pytest.raises(ValueError, match="block=60 does not divide"):
+        build.quantized(*world("--config.quant.format=nf4", "--config.quant.block=60"))
+
+
+def test_loftq_from_a_config_starts_nearer_to_the_weights() -> None:
+    c, adapt, model = world("--config.quant.format=nf4", "--config.quant.double=false",
+                            variant=lj.LoRA(rank=16, initializer="loftq"))
+    new, made = build.quantized(c, adapt, model)
+    trainable, frozen = adapt.init(jax.random.key(0), new.variables, made)
+    w, merged = model.variables["up"], adapt.merge(trainable, frozen)["up"]
+    plain = unpacked(build.quantized(c, world()[1], model)[0].variables["up"])
+    assert np.linalg.norm(merged - w) < 0.9 * np.linalg.norm(plain - w)
+
+
+def test_the_recipe() -> None:
+    c = config.load("configs/qlora.py")
+    assert (c.variant.rank, c.variant.alpha, c.variant.dropout, c.args.targets) == (64, 16.0, 0.1, "all-linear")
+    assert (c.lr, c.schedule, c.warmup, c.clip, c.batch, c.weight_decay) == (2e-4, "constant", 0.03, 0.3, 16, 0.0)
+    assert (c.quant.format, c.quant.double, c.quant.block, c.optimizer.name) == ("nf4", True, 0, "adamw_8bit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "dylora"])
+def test_a_run(method: str, tmp_path: Any) -> None:
+    from experiments import lm
+
+    arg = f"variant={method},smoke"
+    lm.main([f"--config=configs/qlora.py:{arg}", "--config.generate=-1", f"--workdir={tmp_path}"])
+    assert list(tmp_path.rglob("summary.json"))
