@@ -104,8 +104,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     # Further rules, which come before `targets`, in the order of their names: name -> {"paths": a preset or a regex,
     # "name": a variant or "full", and its hyperparameters}.
     c.also = {}
-    # The frozen base in fewer bits (lorajax.quant): format is nf4, fp4 or int8, '' for none. block: elements that share
-    # a scale, 0 for the format's own. double: the scales are quantised too. targets: which weights, as those of rules.
+    # The frozen base in fewer bits (lorajax.quant). format: nf4, fp4, int8, gguf (a GGUF file's own) or '' for none.
+    # block: elements that share a scale, 0 for the format's own. double: the scales are quantised too. targets: which
+    # weights, as those of rules.
     c.quant = {"format": "", "block": 0, "double": True, "targets": "all-linear"}
     # Adapters of earlier runs on the same base, frozen and summed with the new one (O-LoRA). folders: <run>/adapter
     # (several as in PATH). orth, l2: weights of the penalties.
@@ -174,8 +175,6 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     # for JAX's choice, cudnn for the fused kernel.
     c.dropout = 0.0
     c.attention = ""
-    # quantize: how linear layers are stored, a row of lorajax.quant.FORMATS, '' for as they are.
-    c.quantize = ""
     # Loss: sft, or dpo on constructed preferences, with the settings of lorajax.train.dpo.
     c.loss = "sft"
     c.dpo = {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}

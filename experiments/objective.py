@@ -12,6 +12,7 @@ import lorajax as lj
 from experiments.neftune import noisy
 from lorajax import data, language
 from lorajax.core.bound import is_bound
+from lorajax.core.packed import unpacked
 from lorajax.models.frozen_head import frozen_head_log_probs, frozen_head_loss
 from lorajax.shard.placement import LOCAL, Placement
 from lorajax.train.dpo import make_dpo_loss
@@ -61,6 +62,7 @@ def head(params: Any, model: language.Model) -> Any:
     node = params
     for name in model.head.split("/"):
         node = node[name]
+    node = unpacked(node)
     return node.T if model.net.config.tie_embeddings and not is_bound(node) else node
 
 

@@ -26,6 +26,7 @@ from lorajax.config import ConfigError, choose, nearest
 from lorajax.core.adapt import Adapt
 from lorajax.core.adapt import adapt as make_adapt
 from lorajax.core.fingerprint import fingerprint
+from lorajax.core.packed import is_packed
 from lorajax.core.rules import PRESETS, Rule
 from lorajax.core.sites import by_path
 from lorajax.core.variant import Full, Variant
@@ -235,6 +236,11 @@ def quantized(config: ConfigDict, adapt: Adapt, model: Any) -> tuple[Any, dict[s
     names no format. The head and what is trained in full stay as they are. model: a NamedTuple like `Model`."""
     c = config.quant
     if not c.format:
+        return model, {}
+    if c.format == "gguf":
+        if not any(map(is_packed, by_path(model.variables)[0].values())):
+            raise ConfigError("quant.format='gguf' keeps what a GGUF file has quantised, and this model is from no "
+                              "such file: take quant.format=nf4, or experiments.lm with a GGUF model")
         return model, {}
     if config.controller.name == "relora":
         raise ConfigError("ReLoRA merges into the base as it trains, and a quantised one would be rounded each time: "

@@ -15,15 +15,15 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lorajax import build, data, quant
+from lorajax import build, data
 from lorajax.config import ConfigError, choose
 from lorajax.core.fingerprint import fingerprint
-from lorajax.core.sites import sites
 from lorajax.data.prompts import Prompts, encode_prompts
 from lorajax.data.text_tasks import TEXT_TASKS, Pairs, TextTask, grouped, load_pairs
 from lorajax.data.text_tasks import fingerprint as pairs_fingerprint
 from lorajax.io import assets, gguf, hf
 from lorajax.models import GPT2Config, LlamaConfig, model_from_hf, params_from_hf
+from lorajax.models.checkpoint import layout
 from lorajax.shard.placement import Placement
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -92,7 +92,7 @@ def load_model(config: ConfigDict) -> Model:
     overrides: dict[str, Any] = {"dtype": dtype, "scan_layers": config.scan_layers, "remat": config.remat}
     overrides |= {"attention": config.attention} if config.attention else {}
     if config.args.model == "tiny":
-        return _tiny(config, overrides, build.placement(config, str(TINY["model_type"])))
+        return _tiny(overrides, build.placement(config, str(TINY["model_type"])))
     folder = assets.resolve(config.args.model).path
     file = folder if folder.suffix == ".gguf" else folder / "model.gguf"
     if file.is_file():
@@ -112,13 +112,31 @@ def load_model(config: ConfigDict) -> Model:
     if not isinstance(net.config, GPT2Config | LlamaConfig):
         raise ConfigError(f"model {config.args.model!r} is a {type(net).__name__}; a language model is of the Llama "
                           f"family or a GPT-2, such as smollm2")
-    variables = params_from_hf(net.config, tensors, shardings=place.base if place.mesh else None).variables
-    variables = _quantised(config, net, variables)
+    keep = _as_loaded(config, net.config, tensors)
+    if keep is not None and place.mesh is not None:
+        raise ConfigError("quant.format='gguf' is for one device so far: set mesh to one device")
+    variables = params_from_hf(net.config, tensors, place=keep, shardings=place.base if place.mesh else None).variables
     tokenizer.no_padding()
     tokenizer.no_truncation()
     first = tokenizer.encode("").ids
     begin = tokenizer.id_to_token(first[0]) if first else ""
     return Model(net, variables, (), tokenizer, template, begin, end, fingerprint(variables), place)
+
+
+def _as_loaded(config: ConfigDict, settings: Any, tensors: Any) -> Any:
+    """`place` of `params_from_hf` that keeps a GGUF file's quantised tensors, for quant.format='gguf'; else None."""
+    if config.quant.format != "gguf":
+        return None
+    if not isinstance(tensors, gguf.GgufTensors):
+        raise ConfigError(f"quant.format='gguf' keeps the bits of a GGUF file, and model {config.args.model!r} is "
+                          f"none: take a GGUF file, or quant.format=nf4")
+    where, dtype = layout(settings).tensors, settings.param_dtype
+
+    def place(path: str, array: Any) -> Any:
+        kept = tensors.packed(where[path].names[0], dtype, where[path].form == "linear") if array.ndim == 2 else None
+        return jnp.asarray(array, dtype) if kept is None else kept
+
+    return place
 
 
 def tiny_tokenizer() -> Any:
@@ -132,18 +150,7 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
-def _quantised(config: ConfigDict, net: Any, variables: Any) -> Any:
-    """The linear layers stored as `config.quantize` says, '' for as they are."""
-    if not config.quantize:
-        return variables
-    if dict(config.mesh) != dict.fromkeys(config.mesh, 1):
-        raise ConfigError(f"quantize={config.quantize!r} on a mesh is not implemented: leave config.mesh at 1")
-    form = choose("quantize", config.quantize, quant.FORMATS)()
-    found = sites(net.apply, variables, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return quant.plan(found, [("all-linear", form)]).quantize(variables)
-
-
-def _tiny(config: ConfigDict, overrides: dict[str, Any], place: Placement) -> Model:
+def _tiny(overrides: dict[str, Any], place: Placement) -> Model:
     tokenizer, end = tiny_tokenizer(), "<|im_end|>"
     net: Any = model_from_hf(TINY | {"vocab_size": tokenizer.get_vocab_size()}, **overrides, rows=place.rows())
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
@@ -152,7 +159,7 @@ def _tiny(config: ConfigDict, overrides: dict[str, Any], place: Placement) -> Mo
     drawn = {path: np.ones(x.shape) if path.endswith("scale") else rng.normal(0, 0.2, x.shape)
              for path, x in flat.items()}  # fmt: skip
     made = {path: jax.device_put(x.astype(np.float32), where.get(path)) for path, x in drawn.items()}
-    variables = _quantised(config, net, traverse_util.unflatten_dict(made, sep="/"))
+    variables = traverse_util.unflatten_dict(made, sep="/")
     template = data.ChatTemplate(data.CHATML, {"eos_token": end})
     return Model(net, variables, (), tokenizer, template, "", end, fingerprint(variables), place)
 

@@ -131,6 +131,20 @@ def test_gguf_errors(case: golden.Case, bpe: Any, tmp_path: Path) -> None:
         open_gguf(tmp_path / "c.gguf")
 
 
+def test_gguf_tensors_stay_quantised_as_they_are(tmp_path: Path, case: golden.Case, bpe: Any) -> None:
+    import gguf
+
+    for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1):
+        write_gguf(tmp_path / "model.gguf", case, bpe, kind=kind)
+        tensors = open_gguf(tmp_path / "model.gguf").tensors
+        found = {name: kept for name in tensors if (kept := tensors.packed(name)) is not None}
+        assert {type(kept.format).__name__ for kept in found.values()} == {kind.name}
+        assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"} <= set(found)
+        for name, kept in found.items():
+            np.testing.assert_array_equal(kept.dense(), tensors[name].T, err_msg=name)
+            np.testing.assert_array_equal(tensors.packed(name, transposed=False).dense(), tensors[name])
+
+
 # --- ONNX ---
 
 

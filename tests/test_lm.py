@@ -141,10 +141,9 @@ def test_packed_rows_have_the_same_loss() -> None:
 
 def test_a_quantised_base() -> None:
     """The loss of packed weights is that of what they stand for, and that is not the base as it was."""
-    world = World("", "e2e", "--config.quantize=int8")
-    dense, world.model = world.model.variables, language.load_model(world.c)
-    world.adapt = lj.adapt(lj.sites(world.forward, world.model.variables, np.zeros((1, 4), np.int32)),
-                           build.rules(world.c, world.model))  # fmt: skip
+    world = World("", "e2e", "--config.quant.format=int8")
+    dense = world.model.variables
+    world.model, _ = build.quantized(world.c, world.adapt, world.model)
     trainable, frozen, bound = world.moved(world.adapt)
     merged, pairs = jax.jit(world.adapt.merge)(trainable, frozen), world.found.splits["validation"][:4]
     batch = Batches(language.examples(world.c, world.model, world.found.task, pairs), 4, shuffle=False, shapes=1)
@@ -365,8 +364,8 @@ def test_every_method_is_a_variant_of_a_recipe() -> None:
         ("e2e", ",task=e2", (), "unknown task 'e2': did you mean 'e2e'"),
         ("e2e", "", ("--config.unrelated.text=doly",), "unknown text 'doly': did you mean 'dolly'"),
         ("e2e", "", ("--config.loss=dpi",), "unknown loss 'dpi': did you mean 'dpo'"),
-        ("e2e", "", ("--config.quantize=nf5",), "unknown quantize 'nf5': did you mean 'nf4'"),
-        ("e2e", "", ("--config.quantize=int8", "--config.mesh.data=2"), "on a mesh is not implemented"),
+        ("e2e", "", ("--config.quant.format=nf5",), "unknown quant.format 'nf5': did you mean 'nf4'"),
+        ("e2e", "", ("--config.quant.format=int8", "--config.mesh.data=2"), "is for one device so far"),
         ("e2e", ",variant=relora", ("--config.loss=dpo",), "merges: take another variant, or loss=sft"),
     ],
 )

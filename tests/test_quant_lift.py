@@ -17,6 +17,8 @@ import lorajax as lj
 from lorajax import quant
 from lorajax.control import dylora
 from lorajax.core.fingerprint import fingerprint
+from lorajax.io import quantized
+from lorajax.io.tensors import AdapterError, write_tensors
 from lorajax.quant import NF4
 from lorajax.train.checkpoint import Checkpoints
 from lorajax.variants import DoRA
@@ -169,6 +171,19 @@ def test_checkpoints_and_fingerprint(tmp_path: Any) -> None:
     assert len(prints) == 1
     assert fingerprint(base("loop")) not in prints
     assert fingerprint(setting("loop", lj.LoRA(rank=2), quant.FP4())[3].base) not in prints
+
+
+def test_a_quantised_base_as_a_file(tmp_path: Any) -> None:
+    w = base("scan")["layers"]
+    tree = {"params": {"a": quant.quantize(w, NF4(), order=(0, 2, 1), stack=1),
+                       "b": {"c": quant.quantize(w[0].astype(jnp.bfloat16), quant.Q4_1()), "bias": jnp.ones(3)}}}
+    back = quantized.load(quantized.save(tmp_path / "base.safetensors", tree))
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, tree))
+    assert fingerprint(back) == fingerprint(tree)
+    write_tensors(tmp_path / "other.safetensors", {"a": np.ones(3)}, {})
+    with pytest.raises(AdapterError, match="no quantised base that lorajax wrote"):
+        quantized.load(tmp_path / "other.safetensors")
 
 
 def test_dylora_trains_at_drawn_ranks() -> None:

@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from lorajax.quant import Q4_1, Q8_0, Format, Quantized
 
 _NAMES = {
     r"token_embd\.": "model.embed_tokens.",
@@ -76,6 +79,30 @@ class GgufTensors(Mapping[str, np.ndarray]):
 
         tensor = self._tensors[name]
         array = np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(self.shape(name))
+        return self._unturned(name, array)
+
+    def packed(self, name: str, dtype: Any = np.float32, transposed: bool = True) -> Quantized | None:
+        """A tensor as the file has it, Q8_0 or Q4_1, as a quantised weight: the same values as `self[name]`, in the
+        file's bits. None for another type. transposed: the weight is (in, out), the file's tensor (out, in)."""
+        tensor = self._tensors[name]
+        kind = tensor.tensor_type.name
+        if kind not in ("Q8_0", "Q4_1"):
+            return None
+        blocks = np.asarray(tensor.data).reshape(*self.shape(name)[:-1], -1, 34 if kind == "Q8_0" else 20)
+        if kind == "Q8_0":
+            scales, codes = [blocks[..., :2]], blocks[..., 2:].view(np.int8)
+        else:  # a byte holds an element of the block's first half below one of its second half
+            scales, halves = [blocks[..., :2], blocks[..., 2:4]], blocks[..., 4:]
+            each = np.concatenate([halves & 15, halves >> 4], -1)
+            codes = (each[..., ::2] << 4) | each[..., 1::2]
+        halfs = [np.ascontiguousarray(x).view(np.float16)[..., 0] for x in scales]
+        arrays = [codes.reshape(*codes.shape[:-2], -1), *halfs]
+        first, *rest = (jnp.asarray(self._unturned(name, x)) for x in arrays)
+        form: Format = Q8_0() if kind == "Q8_0" else Q4_1()
+        return Quantized(first, tuple(rest), form, (1, 0) if transposed else (0, 1), (), jnp.dtype(dtype))
+
+    def _unturned(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Rows in Hugging Face's order."""
         if self._turned and (part := re.search(r"self_attn\.(q|k)_proj\.", name)):
             # llama.cpp's files for 'llama' pair neighbouring dimensions of a head for the rotation, HF's its halves
             heads = self._heads[part.group(1)]
