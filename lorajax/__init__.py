@@ -1,5 +1,6 @@
 """lorajax: low-rank adaptation as a functional parameter transform, for any JAX function."""
 
+from lorajax import quant
 from lorajax.calibrate import calibrate
 from lorajax.core.adapt import Adapt, Frozen, adapt
 from lorajax.core.bank import bank, join
@@ -15,5 +16,5 @@ from lorajax.variants.lora import LoRA
 __version__ = "0.1.0"
 
 __all__ = ["PRESETS", "AdaLoRA", "Adapt", "Bound", "Factors", "Frozen", "Full", "FullAdapter", "Leaf", "LoRA",
-           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "bank",
-           "calibrate", "join", "lift", "mixed", "sites"]
+           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "bank", "calibrate",
+           "join", "lift", "mixed", "quant", "sites"]

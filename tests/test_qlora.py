@@ -78,3 +78,13 @@ def test_a_run(method: str, tmp_path: Any) -> None:
     arg = f"variant={method},smoke"
     lm.main([f"--config=configs/qlora.py:{arg}", "--config.generate=-1", f"--workdir={tmp_path}"])
     assert list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.slow
+def test_the_benchmark_in_small() -> None:
+    from experiments.bench.quant import main
+
+    rows = main(["--shape=tiny", "--batch=1", "--tokens=8", "--steps=1"])
+    assert [row["base"] for row in rows] == ["bfloat16", "nf4"]
+    assert rows[1]["base GiB"] < 0.6 * rows[0]["base GiB"]
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05)

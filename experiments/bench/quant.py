@@ -103,8 +103,8 @@ def errors(model: str, layers: int, rank: int) -> list[dict[str, Any]]:
 
     if model == "smollm2":
         c = config.load("configs/qlora.py")
-        c.quant.format = ""
-        loaded: Any = language.load_model(c, jnp.float32)
+        c.quant.format, c.compute_dtype = "", "float32"
+        loaded: Any = language.load_model(c)
         ids: Any = (jnp.zeros((1, 8), jnp.int32),)
     else:
         c = ConfigDict(config.load(f"configs/lora.py:model={model}").to_dict())

@@ -96,7 +96,7 @@ class GgufTensors(Mapping[str, np.ndarray]):
             each = np.concatenate([halves & 15, halves >> 4], -1)
             codes = (each[..., ::2] << 4) | each[..., 1::2]
         halfs = [np.ascontiguousarray(x).view(np.float16)[..., 0] for x in scales]
-        arrays = [codes.reshape(*codes.shape[:-2], -1), *halfs]
+        arrays: list[Any] = [codes.reshape(*codes.shape[:-2], -1), *halfs]
         first, *rest = (jnp.asarray(self._unturned(name, x)) for x in arrays)
         form: Format = Q8_0() if kind == "Q8_0" else Q4_1()
         return Quantized(first, tuple(rest), form, (1, 0) if transposed else (0, 1), (), jnp.dtype(dtype))
