@@ -16,5 +16,5 @@ from lorajax.variants.lora import LoRA
 __version__ = "0.1.0"
 
 __all__ = ["PRESETS", "AdaLoRA", "Adapt", "Bound", "Factors", "Frozen", "Full", "FullAdapter", "Leaf", "LoRA",
-           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "bank", "calibrate",
-           "join", "lift", "mixed", "quant", "sites"]
+           "MaterialisedWeight", "RuleError", "Site", "Sites", "StrictLiftError", "Variant", "adapt", "bank",
+           "calibrate", "join", "lift", "mixed", "quant", "sites"]
