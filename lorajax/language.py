@@ -22,7 +22,7 @@ from lorajax.data.prompts import Prompts, encode_prompts
 from lorajax.data.text_tasks import TEXT_TASKS, Pairs, TextTask, grouped, load_pairs
 from lorajax.data.text_tasks import fingerprint as pairs_fingerprint
 from lorajax.io import assets, gguf, hf
-from lorajax.models import GPT2Config, LlamaConfig, model_from_hf, params_from_hf
+from lorajax.models import GPT2Config, LlamaConfig, hf_names, model_from_hf, params_from_hf
 from lorajax.models.checkpoint import layout
 from lorajax.shard.placement import Placement
 
@@ -130,10 +130,10 @@ def _as_loaded(config: ConfigDict, settings: Any, tensors: Any) -> Any:
     if not isinstance(tensors, gguf.GgufTensors):
         raise ConfigError(f"quant.format='gguf' keeps the bits of a GGUF file, and model {config.args.model!r} is "
                           f"none: take a GGUF file, or quant.format=nf4")
-    where, dtype = layout(settings).tensors, settings.param_dtype
+    names, forms, dtype = hf_names(settings), layout(settings).tensors, settings.param_dtype
 
     def place(path: str, array: Any) -> Any:
-        kept = tensors.packed(where[path].names[0], dtype, where[path].form == "linear") if array.ndim == 2 else None
+        kept = tensors.packed(names[path][0], dtype, forms[path].form == "linear") if array.ndim == 2 else None
         return jnp.asarray(array, dtype) if kept is None else kept
 
     return place

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorajax import config, language
+from lorajax.core.packed import is_packed, unpacked
+from lorajax.core.sites import by_path
 from lorajax.io import assets
 from lorajax.io.ctranslate2 import open_whisper, read_variables
 from lorajax.io.gguf import open_gguf
@@ -143,6 +146,13 @@ def test_gguf_tensors_stay_quantised_as_they_are(tmp_path: Path, case: golden.Ca
         for name, kept in found.items():
             np.testing.assert_array_equal(kept.dense(), tensors[name].T, err_msg=name)
             np.testing.assert_array_equal(tensors.packed(name, transposed=False).dense(), tensors[name])
+    c = config.load(f"configs/qlora.py:model={tmp_path / 'model.gguf'}")
+    loaded = []
+    for c.quant.format in ("gguf", ""):
+        loaded.append(by_path(language.load_model(c).variables)[0])
+    assert sum(is_packed(w) for w in loaded[0].values()) >= 14
+    for path, w in loaded[0].items():
+        np.testing.assert_array_equal(unpacked(w), loaded[1][path], err_msg=path)
 
 
 # --- ONNX ---
