@@ -6,6 +6,7 @@ matplotlib is an extra: ``pip install 'lorajax[plots]'``.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -30,7 +31,16 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **share
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("figures need matplotlib, which is not installed: pip install 'lorajax[plots]' "
                                   "(tables and CSV do without)") from error  # fmt: skip
-    figure = Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        """A figure that a notebook shows as the last value of a cell."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, dpi=110)
+            return file.getvalue()
+
+    figure = Shown(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -47,7 +57,7 @@ def comparison(table: Sequence[Cell], reference: str = "") -> Any:
     reference = reference or table[0].method
     order = [s.method for s in standings(table, reference)][::-1]
     at = {(cell.task, cell.method): cell for cell in table}
-    figure, axes = canvas(2.2 + 2.1 * len(tasks), 0.9 + 0.27 * len(order), 1, len(tasks), sharey=True)
+    figure, axes = canvas(max(6.4, 2.2 + 2.1 * len(tasks)), 0.9 + 0.27 * len(order), 1, len(tasks), sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
         if (task, reference) in at:
             ax.axvline(100 * at[task, reference].mean, color=ACCENT, linewidth=0.9, alpha=0.7)
@@ -174,18 +184,21 @@ def against_parameters(table: Sequence[Cell]) -> Any:
     tasks = list(dict.fromkeys(cell.task for cell in table))
     methods = list(dict.fromkeys(cell.method for cell in table))
     color = dict(zip(methods, LINES * (1 + len(methods) // len(LINES)), strict=False))
-    figure, axes = canvas(0.8 + 3.3 * len(tasks), 3.1, 1, len(tasks))
+    form = {name: "osD^v"[i // len(LINES) % 5] for i, name in enumerate(methods)}
+    figure, axes = canvas(2.6 + 3.3 * len(tasks), 3.3, 1, len(tasks))
     for ax, task in zip(axes[0], tasks, strict=True):
         for cell in table:
             if cell.task == task:
                 if not math.isnan(cell.low):
                     ax.plot([cell.parameters] * 2, [100 * cell.low, 100 * cell.high], color=color[cell.method])
-                ax.plot(cell.parameters, 100 * cell.mean, "o", color=color[cell.method], label=cell.method)
+                ax.plot(cell.parameters, 100 * cell.mean, form[cell.method], color=color[cell.method],
+                        label=cell.method)
         ax.set_xscale("log")
         ax.set_xlabel("trained parameters", fontsize=9)
         ax.set_title(task, fontsize=10)
     axes[0, 0].set_ylabel("score, %", fontsize=9)
-    axes[0, -1].legend(fontsize=7, frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7, frameon=False)
     return figure
 
 
