@@ -47,6 +47,16 @@ def test_what_xla_says_of_the_compiled_step() -> None:
     assert told.argument_size_in_bytes == pytest.approx(mine, abs=64)  # step counter and key
 
 
+def test_a_tied_head_costs_what_an_untied_one_does() -> None:
+    def work(tied: str) -> tuple[float, int]:
+        c = config.parse(["--config=configs/plan.py:shape=tiny,targets=qv", "--config.model.vocab_size=1024",
+                          f"--config.model.tie_embeddings={tied}"]).config  # fmt: skip
+        adapt, sizes = plan.adapted(c, plan.settings(c), c.batch), sizes_of({"fsdp": 8}, 8)
+        return plan.step_flops(c, adapt, again=True), plan.gathered(adapt, sizes, *plan.build.sharding(c, "llama"))
+
+    assert work("true") == work("false")
+
+
 def test_what_does_not_fit_is_said(capsys: Any) -> None:
     plan.main(["--config=configs/plan.py:shape=70b,machine=8xH100", "--config.batch=8", "--config.max_length=512",
                "--config.mesh.fsdp=2", "--config.mesh.data=-1"])  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lorajax.core.adapt import Adapt
+from lorajax.core.sites import Site
 from lorajax.shard.follow import adapter_specs, state_specs
 from lorajax.shard.rules import Rule, specs, ways
 
@@ -44,7 +45,7 @@ def gathered(adapt: Adapt, sizes: Mapping[str, int], rules: Sequence[Rule], defa
     base = specs(adapt.sites.leaves, sizes, rules, defaults)
     layers: dict[str, int] = {}
     for path, site in adapt.sites.items():
-        if site.op != "matmul":  # a lookup takes its rows from where they are
+        if not _multiplies(site):  # a lookup takes its rows from where they are
             continue
         parts = math.prod(ways(tuple(a for a in _names(e) if a != "fsdp"), sizes) for e in base[path])
         name = "/".join(part for part in path.split("/") if part.startswith("layer")) or path
@@ -57,12 +58,17 @@ def flops(adapt: Adapt, tokens: int, again: bool = False) -> float:
     activations, and the adapters' (of a trained weight, its gradient too). again: the forward pass is repeated."""
     total = 0.0
     for path, site in adapt.sites.items():
-        if site.op == "matmul":
+        if _multiplies(site):
             trained = type(adapt.plan.get(path)).__name__ == "Full"
             total += 2.0 * tokens * math.prod(site.shape) * (2 + trained + again)
     extra = [x for path, arrays in adapt.shapes[0].items() if path in adapt.sites and type(adapt.plan[path]).__name__
              != "Full" for x in jax.tree.leaves(arrays)]
     return total + sum(2.0 * tokens * math.prod(x.shape) * (3 + again) for x in extra if len(x.shape) > 1)
+
+
+def _multiplies(site: Site) -> bool:
+    """Whether a product reads it; of a tied table the logits do."""
+    return any(use.op == "matmul" for use in site.uses)
 
 
 def _bytes(x: Any) -> int:
