@@ -23,7 +23,7 @@ from lorajax.models.checkpoint import layout
 from lorajax.models.families import FAMILIES as MODELS
 from lorajax.shard.follow import adapter_specs, state_specs
 from lorajax.shard.mesh import AXES, MeshError, make_mesh, sizes_of
-from lorajax.shard.placement import Placement
+from lorajax.shard.placement import LOCAL, Placement
 from lorajax.shard.rules import FAMILIES, specs
 from lorajax.train.step import init_state
 
@@ -57,6 +57,12 @@ def test_sizes_of_a_mesh() -> None:
 def test_sizes_that_do_not_fit(sizes: Any, words: str) -> None:
     with pytest.raises(MeshError, match=words):
         make_mesh(sizes)
+
+
+def test_no_row_of_a_batch_is_left_out() -> None:
+    np.testing.assert_array_equal(LOCAL.share(6, 2), np.arange(6))
+    with pytest.raises(MeshError, match="accumulate=3 does not divide a batch of 32 rows: the nearest .* is 33"):
+        LOCAL.share(32, 3)
 
 
 CONFIGS = {

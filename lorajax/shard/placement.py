@@ -98,8 +98,12 @@ class Placement:
         return np.unique(np.concatenate([np.arange(rows)[index] for index in places]))
 
     def share(self, rows: int, accumulate: int = 1) -> np.ndarray:
-        """The same of a batch of `accumulate` micro-batches, each spread over the mesh."""
-        micro = rows // accumulate
+        """The same of a batch of `accumulate` micro-batches, each spread over the mesh; MeshError if they do not divide
+        it."""
+        micro, rest = divmod(rows, accumulate)
+        if rest:
+            raise MeshError(f"accumulate={accumulate} does not divide a batch of {rows} rows: the nearest that it does "
+                            f"is {max(1, round(rows / accumulate)) * accumulate}")
         return (np.arange(accumulate)[:, None] * micro + self.held(micro)).reshape(-1)
 
     def batch(self, batch: Mapping[str, np.ndarray], lead: int = 0, rows: int | None = None,
