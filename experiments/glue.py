@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     place = model.place
     batches = build.batches(c, build.tokens(c, found, model.folder))
     share = place.share(c.batch, c.accumulate)  # of each batch, this process' rows
+    place.held(c.eval_batch)  # or it says now, not after an epoch, what fits the mesh
     total = build.total_steps(c, len(batches["train"]))
 
     # What is adapted: decided by rules on the traced model, shown before anything is computed.
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> None:
                     better = scores[found.task.headline] > best["scores"].get(found.task.headline, -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if improved or step % save_every == 0 or step == total or stop.now():
+                if stop.now() or improved or step % save_every == 0 or step == total:
                     saved.save(step, state, best, best=improved)
                 if stop:
                     saved.wait()

@@ -9,7 +9,6 @@ number. The run's folder, resuming and exit codes are those of `experiments.glue
 """
 
 import re
-import sys
 import time
 from typing import Any
 
@@ -29,6 +28,7 @@ from lorajax.data.feed import ahead, calls
 from lorajax.io import adapter, assets, hf
 from lorajax.io.onnx import open_dinov2
 from lorajax.models import adapter_names, model_from_hf, params_from_hf
+from lorajax.shard import hosts
 from lorajax.shard.placement import LOCAL
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import Checkpoints
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
                     better = scores["accuracy"] > best["scores"].get("accuracy", -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if improved or step % save_every == 0 or step == total or stop.now():
+                if stop.now() or improved or step % save_every == 0 or step == total:
                     saved.save(step, state, best, best=improved)
                 if stop:
                     saved.wait()
@@ -232,7 +232,4 @@ def frozen_features(c: Any, model: build.Model, found: build.Data, batches: Any)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except EXPLAINED as error:
-        raise SystemExit(f"error: {error}") from None
+    hosts.run(main, EXPLAINED)

@@ -210,12 +210,14 @@ def _chat(model: Model, task: TextTask) -> data.ChatTemplate:
 
 
 def prompts(config: ConfigDict, model: Model, task: TextTask, pairs: Pairs) -> tuple[Prompts, list[list[str]]]:
-    """`config.generate` prompts (0: all), as generation starts from them, and the texts of each."""
+    """`config.generate` prompts (0: all), as generation starts from them, and the texts of each. Those of more than
+    `config.max_length` tokens are left out."""
     both = spaced(list(zip(*grouped(pairs), strict=True)), config.generate)
     starts = [model.begin + prompt if not task.chat else
               _chat(model, task).render([{"role": "user", "content": prompt}], add_generation_prompt=True)
               for prompt, _ in both]  # fmt: skip
-    return encode_prompts(starts, model.tokenizer, config.max_length), [texts for _, texts in both]
+    found = encode_prompts(starts, model.tokenizer, config.max_length, drop=True)
+    return found, [both[i][1] for i in found.rows]
 
 
 def unrelated(config: ConfigDict, model: Model) -> data.Supervised | None:

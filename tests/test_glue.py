@@ -23,6 +23,7 @@ from lorajax import start as start_module
 from lorajax.data.feed import ahead
 from lorajax.io import adapter
 from lorajax.models import adapter_names
+from lorajax.shard import hosts
 from lorajax.train.run import Run, RunError
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(files, tmp_path, monkeypatc
     monkeypatch.setattr(Run, "log", log)
     glue.main(words(files, tmp_path / "cut", *args))
     same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_notice_is_asked_for_at_every_step(files, tmp_path, monkeypatch, capsys):
+    """Also where every step is saved: SIGTERM reaches several processes no other way."""
+    asked = []
+    monkeypatch.setattr(hosts, "leaving", lambda: asked.append(0) or len(asked) == 3)
+    with pytest.raises(SystemExit) as left:
+        glue.main(words(files, tmp_path, "lora", ",rank=2,targets=qv", "--config.probe=false", "--config.save_every=1"))
+    assert left.value.code == 75
+    assert "a preemption notice: saved at step 3 of 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "targets"), [("eva", "all-linear"), ("pissa", "qv"), ("ranks", "qv")])

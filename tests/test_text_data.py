@@ -75,6 +75,10 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert rows == dict(enumerate(texts))
     with pytest.raises(ValueError, match="1 to 5 tokens; what can be generated from has 1 to max_length=4"):
         encode_prompts(texts, tokenizer, 4)
+    fitting = encode_prompts(texts, tokenizer, 4, drop=True)
+    assert (fitting.rows.tolist(), fitting.lengths.tolist(), fitting.dropped) == ([0, 1], [3, 1], 1)
+    with pytest.raises(ValueError, match="1 to 5 tokens"):
+        encode_prompts(texts, tokenizer, 0, drop=True)
 
 
 TEXTS = ["the cat sat on the mat today", "there is a dog here now", "a b c d e"]
