@@ -135,15 +135,17 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
 
 
 def method(name: str, **arguments: Any) -> ConfigDict:
-    """The config of a method's own file, for the recipe of another experiment. arguments: taken where it has them."""
+    """The config of a method's own file, for the recipe of another experiment. arguments: of it, those that are set."""
     files = {p.stem for p in Path(__file__).parent.glob("*.py")} - {"__init__", "base"}
     config.choose("variant", name, dict.fromkeys(files))
     get_config = importlib.import_module(f"configs.{name}").get_config
     found = get_config(None)
     if found.get("study") != "glue":
         raise config.ConfigError(f"variant {name!r} is a recipe, not a method: name a method's file, such as lora")
-    given = [f"{key}={value}" for key, value in arguments.items() if value and key in found.args]
-    return get_config(",".join(given)) if given else found
+    given = {key: value for key, value in arguments.items() if value}
+    for key in given.keys() - set(found.args):
+        raise config.ConfigError(f"variant={name!r} has no {key}: leave it out, or take another method, such as lora")
+    return get_config(",".join(f"{key}={value}" for key, value in given.items())) if given else found
 
 
 def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **values: Any) -> ConfigDict:
@@ -167,6 +169,8 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     c.lr = float(f"{lr * c.lr / SMALL['reviews'][2]:.6g}")
     if c.weight_decay == 0:  # the method's own recipe has none
         values["weight_decay"] = 0.0
+    plain = method("lora")
+    values |= {key: c[key] for key in ("schedule", "clip") if c[key] != plain[key]}  # part of the method
     # Data. examples: of each split but the one that is generated for. max_length: tokens of a pair, which is cut
     # behind them. packing: several pairs in a row of that length.
     c.update(examples=0, max_length=512, shapes=4, batch=8, eval_batch=32, epochs=1.0, eval_every=0, log_every=10)
@@ -178,8 +182,9 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     # Loss: sft, or dpo on constructed preferences, with the settings of lorajax.train.dpo.
     c.loss = "sft"
     c.dpo = {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}
-    # Generation, at the end, from the best state. generate: how many prompts, 0 for all, -1 for none. beams: 1 is
-    # greedy. baseline: also from the base, before training.
+    # Generation, at the end, from the best state. generate: how many prompts, 0 for all, -1 for none; those of more
+    # than max_length tokens are left out, and counted. beams: 1 is greedy, without what follows. baseline: also from
+    # the base, before training.
     c.generate = 0
     c.generate_batch = 32
     c.max_new = 64
@@ -211,9 +216,9 @@ def vision(arg: str | None, *, task: str, model: str, lr: float, targets: str, *
     """
     args = config.arguments(arg, task=task, model=model, variant="lora", rank=0, targets="", smoke=False)
     c = method(args.variant, rank=args.rank)
-    if c.neftune or (args.rank and "rank" not in c.args):
-        why = "adds noise to word embeddings" if c.neftune else "has no rank"
-        raise config.ConfigError(f"variant={args.variant!r} {why}: leave it out, or take another method, such as lora")
+    if c.neftune:
+        raise config.ConfigError(f"variant={args.variant!r} adds noise to word embeddings: leave it out, or take "
+                                 f"another method, such as lora")
     args.targets = args.targets or (targets if c.args.targets == "all-linear" else c.args.targets)
     heads = c.head_lr / c.lr
     for key in (*TEXT, *MESH):

@@ -19,28 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorajax as lj
-from experiments.glue import save
+from experiments import glue
+from experiments.glue import EXPLAINED, FREE, save
 from experiments.objective import likelihood, make_dpo, make_sft, preference, ranked, tokens
 from experiments.writing import make_writer, table, written
 from lorajax import build, config, control, data, language, start
 from lorajax.data.feed import ahead, calls
-from lorajax.io import adapter
 from lorajax.models import adapter_names
 from lorajax.shard import hosts
-from lorajax.shard.mesh import MeshError
 from lorajax.train.blame import diagnosis
-from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
+from lorajax.train.checkpoint import Checkpoints
 from lorajax.train.compiled import compile_cache
 from lorajax.train.dpo import WithReference
 from lorajax.train.progress import Progress
-from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal, write_json
+from lorajax.train.run import EXIT_INTERRUPTED, Run, run_folder, stop_on_signal, write_json
 from lorajax.train.step import init_state, make_eval, make_step
 
-# Keys that change no number: a run may be resumed with other values.
-FREE = ("log_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.trial")
-# Errors that say what to do: no traceback.
-EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, adapter.AdapterMismatch, FileNotFoundError,
-             MeshError)
 # What ranks the states of a run: the mean log-probability of a held-out token, or of held-out preferences.
 RANKING = {"sft": "log_likelihood", "dpo": "preference"}
 
@@ -64,9 +58,18 @@ def main(argv: list[str]) -> None:
     # What the steps learn from: the completions, or pairs of them.
     steps, by_pairs = train, config.choose("loss", c.loss, {"sft": False, "dpo": True})
     if by_pairs:
+        if c.packing:
+            raise config.ConfigError("loss='dpo' learns from pairs, which are not packed: leave packing out")
         pairs = {name: language.preferences(c, model, task, splits[name]) for name in ("train", task.held_out)}
         steps, held_out_pairs = batched(c, pairs["train"], True), batched(c, pairs[task.held_out])
     ranking, total = RANKING[c.loss], build.total_steps(c, len(steps))
+    # What does not fit is told before training, not after it.
+    place.held(c.eval_batch)
+    if c.generate >= 0:
+        place.held(c.generate_batch)
+        prompts, references = language.prompts(c, model, task, splits[task.generated])
+        if prompts.dropped:
+            print(f"{prompts.dropped} prompts of more than max_length={c.max_length} tokens are left out")
 
     # What is adapted: decided by rules on the traced model, shown before anything is computed. A start that reads data
     # reads completions (of pairs the better ones).
@@ -169,14 +172,13 @@ def main(argv: list[str]) -> None:
                     scores = evaluate(state.trainable, frozen)
                     views = {name: evaluate(state.trainable, frozen, masks)
                              for name, masks in controller.views(state.control).items()}  # fmt: skip
-                    flat = {f"{name}/{k}": v for name, row in views.items() for k, v in row.items()}
-                    run.log(step, scores | flat | controller.report(state.control), prefix="eval/")
+                    run.log(step, scores | glue.flat(views) | controller.report(state.control), prefix="eval/")
                     for name, row in ({"": scores} | views).items():
                         bar.write(f"step {step}: {name} " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
                     better = scores[ranking] > best["scores"].get(ranking, -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if improved or step % save_every == 0 or step == total or stop.now():
+                if stop.now() or improved or step % save_every == 0 or step == total:
                     saved.save(step, state, best, best=improved)
                 if stop:
                     saved.wait()
@@ -197,7 +199,6 @@ def main(argv: list[str]) -> None:
                              for one in (judge_base, partial(judge, state.trainable, frozen)))  # fmt: skip
             forgotten = {"text": c.unrelated.text, "before": before, "after": after, "change": after - before}
         if c.generate >= 0:
-            prompts, references = language.prompts(c, model, task, splits[task.generated])
             write = make_writer(c, model)
             mine = written(partial(make_eval(write, adapt, place.whole), state.trainable, frozen), c, model, prompts)
             best["scores"] |= task.score(mine, references)
@@ -211,6 +212,7 @@ def main(argv: list[str]) -> None:
         run.finish({
             "task": task.name, "headline": task.headline if c.generate >= 0 else ranking, "scores": best["scores"],
             "best_step": best["step"], "steps": total, "baselines": baselines, "forgetting": forgotten,
+            "prompts_left_out": prompts.dropped if c.generate >= 0 else 0,
             "trainable_parameters": trained, **controller.report(state.control), "views": best["views"],
             "device": jax.devices()[0].device_kind, "seed": c.seed, "name": launch.name, "seconds": round(seconds, 1),
             "examples_per_second": round(bar.examples_per_second, 1),
@@ -231,11 +233,7 @@ def describe(learned: dict[str, data.Supervised], steps: data.Batches) -> str:
 
 
 def report(c: Any, task: Any, baselines: Any, best: Any, forgotten: Any, trained: int, seconds: float) -> None:
-    print(f"\n{task.name}, {c.args.model}, {c.variant.name}, seed {c.seed}: {trained:,} trained parameters, "
-          f"{seconds:.0f} s on {jax.devices()[0].device_kind}")
-    rows = baselines | {f"this run (best, step {best['step']})": best["scores"]}
-    for name, row in (rows | {f"  its {name}": row for name, row in best["views"].items()}).items():
-        print(f"  {name:<28}" + "  ".join(f"{metric} {value:.4f}" for metric, value in row.items()))
+    glue.report(c, task, baselines, best, trained, seconds)
     if forgotten:
         print(f"  loss on {forgotten['text']}: {forgotten['before']:.4f} before, {forgotten['after']:.4f} after")
 

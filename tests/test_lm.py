@@ -24,6 +24,7 @@ from lorajax.data import Batches, mismatched, pack
 from lorajax.io import adapter
 from lorajax.io.hf import save_checkpoint
 from lorajax.models import model_from_hf, params_to_hf
+from lorajax.shard.mesh import MeshError
 from lorajax.train.dpo import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -227,9 +228,9 @@ def test_a_run_leaves_scores_texts_and_what_it_has_forgotten(tmp_path, capsys) -
 
 
 @pytest.mark.slow
-def test_gsm8k_by_dpo_on_packed_conversations(tmp_path) -> None:
-    lm.main(words(tmp_path, "gsm8k", "", "--config.loss=dpo", "--config.lr=1e-2", "--config.packing=true",
-                  "--config.baseline=false", "--config.unrelated.text=none"))  # fmt: skip
+def test_gsm8k_by_dpo_on_conversations(tmp_path) -> None:
+    lm.main(words(tmp_path, "gsm8k", "", "--config.loss=dpo", "--config.lr=1e-2", "--config.baseline=false",
+                  "--config.unrelated.text=none"))  # fmt: skip
     told = summary(tmp_path)
     assert {"exact_match", "last_number", "preference", "preference_accuracy"} <= told["scores"].keys()
     assert told["headline"] == "exact_match" and told["forgetting"] == {}
@@ -240,7 +241,7 @@ def test_gsm8k_by_dpo_on_packed_conversations(tmp_path) -> None:
     assert metrics[-2]["rewards/margins"] != 0
 
 
-QUICK = ("--config.generate=-1", "--config.unrelated.text=none", "--config.save_every=2")
+QUICK = ("--config.generate=-1", "--config.unrelated.text=none", "--config.save_every=2", "--config.packing=true")
 DIES = """
 # Runs experiments.lm and dies by SIGKILL behind its third step.
 import os, signal, sys
@@ -367,12 +368,34 @@ def test_every_method_is_a_variant_of_a_recipe() -> None:
         ("e2e", "", ("--config.quant.format=nf5",), "unknown quant.format 'nf5': did you mean 'nf4'"),
         ("e2e", "", ("--config.quant.format=int8", "--config.mesh.data=2"), "is for one device so far"),
         ("e2e", ",variant=relora", ("--config.loss=dpo",), "merges: take another variant, or loss=sft"),
+        ("e2e", "", ("--config.loss=dpo", "--config.packing=true"), "pairs, which are not packed: leave packing out"),
+        ("e2e", ",variant=ia3,rank=2", (), "variant='ia3' has no rank: leave it out"),
     ],
 )
 def test_mistakes_are_told(tmp_path, recipe, arg, more, said) -> None:
     with pytest.raises(config.ConfigError) as error:
         lm.main(words(tmp_path, recipe, arg, *more))
     assert said in str(error.value)
+
+
+def test_a_methods_own_schedule_and_clipping_stay() -> None:
+    """What belongs to the method, whatever the recipe says; the recipe's for the others."""
+    for arg, want in (("relora", ("restarts", 1.0)), ("sora", ("cosine", 0.1)), ("dora", ("cosine", 1.0))):
+        c = config.load(f"configs/gsm8k.py:variant={arg}")
+        assert (c.schedule, c.clip) == want
+
+
+def test_long_prompts_are_left_out_and_what_fits_no_mesh_is_told_first(tmp_path, monkeypatch) -> None:
+    world = World(",task=dolly", "gsm8k")
+    pairs = [("short", "a"), ("long " * 40, "b"), ("short", "c")]
+    prompts, references = language.prompts(world.c, world.model, world.found.task, pairs)
+    assert references == [["a", "c"]] and (len(prompts.lengths), prompts.dropped) == (1, 1)
+    monkeypatch.setattr(language, "prompts", None)  # not reached
+    mesh = ("--config.mesh.data=4", "--config.generate_batch=6")
+    with pytest.raises(MeshError, match="a batch of 6 rows does not divide among data 4"):
+        lm.main(words(tmp_path, "e2e", "", *mesh))
+    with pytest.raises(MeshError, match="a batch of 10 rows does not divide among data 4"):
+        lm.main(words(tmp_path, "e2e", "", *mesh, "--config.eval_batch=10"))
 
 
 def test_a_conversation_needs_a_template() -> None:

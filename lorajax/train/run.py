@@ -28,7 +28,7 @@ from lorajax.shard import hosts
 EXIT_INTERRUPTED = 75
 """Exit code of a run that saved and left on a signal (EX_TEMPFAIL: start it again and it goes on)."""
 
-_OWN = ("config.json", "metrics.jsonl", "timing.jsonl", "summary.json", "checkpoints", "start", "adapter")
+_OWN = ("config.json", "metrics.jsonl", "timing.jsonl", "summary.json", "texts.json", "checkpoints", "start", "adapter")
 _PACKAGES = ("lorajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
