@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from lorajax.compose.gathered import Pair, Part
-from lorajax.compose.method import Method, Stream
+from lorajax.compose.method import Method, Stream, nested
 from lorajax.compose.sums import Sum
 
 LINEAR = Sum()
@@ -26,6 +26,8 @@ class DARE(Method):
 
     p: float = 0.9
     then: Method = LINEAR
+
+    reads_taus: ClassVar[bool] = True
 
     def compose(self, part: Part, survey: Any) -> Pair | np.ndarray:
         """(in, out)."""
@@ -48,10 +50,10 @@ class DARE(Method):
         return True
 
     def check(self, count: int) -> None:
-        """Raises ValueError for a rate outside [0, 1)."""
+        """Raises ValueError for a rate outside [0, 1), and a `then` that reads factors."""
         if not 0 <= self.p < 1:
             raise ValueError(f"p={self.p} is not a drop rate in [0, 1)")
-        self.then.check(count)
+        nested(self.then, count)
 
 
 def stays(key: jax.Array, p: float, like: np.ndarray) -> np.ndarray:

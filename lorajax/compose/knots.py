@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorajax.compose.gathered import Pair, Part
-from lorajax.compose.method import Method, Stream
+from lorajax.compose.method import Method, Stream, nested
 from lorajax.compose.svd import decompose
 from lorajax.compose.ties import TIES
 
@@ -72,7 +72,7 @@ class KnOTS(Method):
         return self.then.draws
 
     def check(self, count: int) -> None:
-        """Raises ValueError for an unknown side."""
+        """Raises ValueError for an unknown side, and a `then` that reads factors."""
         if self.side not in SIDES:
             raise ValueError(f"side={self.side!r} is unknown; there are {', '.join(SIDES)}")
-        self.then.check(count)
+        nested(self.then, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class MagnitudePrune(Method):
 
     density: float = 0.2
     scope: str = "model"
+
+    reads_taus: ClassVar[bool] = True
 
     def compose(self, part: Part, survey: Any) -> np.ndarray:
         """(in, out)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +18,9 @@ Stream = Callable[[], Iterator[Part]]
 @dataclass(frozen=True)
 class Method(abc.ABC):
     """A way of composing. Field defaults are the paper's; the docstring has source and equation."""
+
+    reads_taus: ClassVar[bool] = False
+    """Whether `compose` reads `part.taus` where they are given, as `nested` ones have to."""
 
     @abc.abstractmethod
     def compose(self, part: Part, survey: Any) -> Pair | np.ndarray:
@@ -36,6 +39,14 @@ class Method(abc.ABC):
     def check(self, count: int) -> None:  # noqa: B027
         """Raises ValueError (value, limit, remedy) for hyperparameters outside their range, or a number of adapters
         that it has no meaning for."""
+
+
+def nested(then: Method, count: int) -> None:
+    """Raises ValueError for a `then` that reads factors, and what its own `check` raises."""
+    if not then.reads_taus:
+        raise ValueError(f"then={then} reads the factors of the adapters, not what it is handed on: give Sum(), "
+                         f"TaskArithmetic(), TIES(), MagnitudePrune() or DARE()")
+    then.check(count)
 
 
 def share(name: str, value: float, *, zero: bool = True) -> None:

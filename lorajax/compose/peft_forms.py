@@ -40,6 +40,8 @@ class PEFTForm(Method):
     majority: str = "total"
     svd: bool = False
 
+    reads_taus = property(lambda self: self.svd)  # type: ignore[assignment]
+
     def compose(self, part: Part, survey: Any) -> Pair | np.ndarray:
         """Factors of the inputs' rank, or with `svd` dense."""
         if self.svd:

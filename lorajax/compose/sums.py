@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from lorajax.compose.svd import join
 @dataclass(frozen=True)
 class Sum(Method):
     """``dW = sum_t w_t dW_t``, exactly: ``A = [A_1 | A_2 ...]``, ``B = [w_1 s_1 B_1 ; w_2 s_2 B_2 ...]``, of rank
-    ``sum_t r_t``. Linear in the updates, unlike PEFT's `linear` (`FactorLinear`). A negative weight takes a task away.
+    ``sum_t r_t``. Linear in the updates, unlike PEFT's `linear` (`PEFTForm`). A negative weight takes a task away.
     """
+
+    reads_taus: ClassVar[bool] = True
 
     def compose(self, part: Part, survey: Any) -> Pair | np.ndarray:
         """Concatenated factors."""
@@ -31,6 +33,8 @@ class TaskArithmetic(Method):
     """
 
     lam: float = 0.3
+
+    reads_taus: ClassVar[bool] = True
 
     def compose(self, part: Part, survey: Any) -> Pair | np.ndarray:
         """`Sum` with weights times lam."""

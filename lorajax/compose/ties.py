@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class TIES(Method):
     density: float = 0.2
     scope: str = "model"
     lam: float = 1.0
+
+    reads_taus: ClassVar[bool] = True
 
     def compose(self, part: Part, survey: Any) -> np.ndarray:
         """(in, out)."""
