@@ -44,6 +44,7 @@ from lorajax.io.tensors import AdapterError, read_json
 from lorajax.variants.lora import LoRA, LoRAAdapter
 
 ENTRY = "lorajax_library.json"
+GONE = ".gone-"
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -141,9 +142,7 @@ class AdapterLibrary:
             adapter.save(part, adapt, trainable, frozen, base=self.base, names=names)
             (part / ENTRY).write_text(json.dumps({"base": self.base, "metrics": dict(metrics or {})}, indent=1) + "\n")
             while True:
-                taken = [int(x.name) for folder in self.folders for x in (folder / name).glob("[0-9]*")
-                         if x.name.isdigit()]
-                version = max(taken, default=0) + 1
+                version = max(self._last(folder / name) for folder in self.folders) + 1
                 try:
                     os.rename(part, home / str(version))  # refused where another writer was first
                 except OSError:
@@ -156,11 +155,13 @@ class AdapterLibrary:
         return Entry(name, version, self.base, dict(metrics or {}), home / str(version))
 
     def remove(self, name: str) -> None:
-        """Takes 'name@version' (or the newest version of 'name') off the disk and the device."""
+        """Takes 'name@version' (or the newest version of 'name') off the disk and the device. Its number is not given
+        again, so what another process holds under it is never another adapter."""
         entry = self.find(name)
-        gone = entry.folder.with_name(f".gone-{uuid.uuid4().hex}")
-        os.rename(entry.folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        gone = entry.folder.with_name(f"{GONE}{entry.version}")
+        gone.mkdir(exist_ok=True)
+        os.rename(entry.folder, gone / "adapter")
+        shutil.rmtree(gone / "adapter", ignore_errors=True)
         with self._lock:
             self._pinned.discard(entry.id)
             self._held.pop(entry.id, None)
@@ -263,6 +264,12 @@ class AdapterLibrary:
             filled[path] = LoRAAdapter(jnp.pad(own.A, [*lead, (0, 0), (0, more)]).astype(like.A.dtype),
                                        b.astype(like.B.dtype))
         return filled
+
+    @staticmethod
+    def _last(home: Path) -> int:
+        """The largest version that is or was there, 0 for none."""
+        names = [x.name.removeprefix(GONE) for x in home.glob("*")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
 
     @staticmethod
     def _entry(folder: Path) -> Entry | None:

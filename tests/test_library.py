@@ -61,12 +61,28 @@ def test_versions_search_and_removal(library: Any, tmp_path: Path) -> None:
     library.remove("small")
     assert library.find("small").version == 1
     second = AdapterLibrary([tmp_path / "more", tmp_path / "adapters"], FORM, PARAMS)
-    assert second.add("small", *ONES["small"]).folder == tmp_path / "more/small/2"
-    assert [e.id for e in second.list()] == ["dora@1", "loha@1", "small@1", "small@2", "wide@1"]
+    assert second.add("small", *ONES["small"]).folder == tmp_path / "more/small/3"
+    assert [e.id for e in second.list()] == ["dora@1", "loha@1", "small@1", "small@3", "wide@1"]
     with pytest.raises(ValueError, match=r"no adapter 'smal' in .*: the nearest is 'small@1'"):
         library.find("smal")
     with pytest.raises(ValueError, match=r"name='../x': letters, digits"):
         library.add("../x", *ONES["small"])
+
+
+def test_the_number_of_a_removed_version_is_not_given_again(library: Any, tmp_path: Path) -> None:
+    """Another library that holds the removed one would go on answering with it."""
+    library.add("small", *ONES["wide"])
+    other = AdapterLibrary(tmp_path / "adapters", FORM, PARAMS)
+    other.get("small@2")
+    library.remove("small@2")
+    assert library.add("small", *ONES["small"]).id == "small@3"
+    new, old = other.get("small"), library.get("small@1")
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+    library.remove("small")
+    assert library.add("small", *ONES["small"]).id == "small@4" and library.find("small@1")
+    with pytest.raises(ValueError, match="no adapter 'small@2'"):
+        other.find("small@2")
+    assert not list((tmp_path / "adapters/small").glob(".gone-*/*"))
 
 
 def test_the_least_recently_used_gives_way_and_what_is_pinned_stays(tmp_path: Path) -> None:
