@@ -188,7 +188,7 @@ DARE, TIES, Sum = compose.DARE, compose.TIES, compose.Sum
     (lambda: compose.compose([ONE], DARE(p=1.0)), r"p=1.0 is not a drop rate in \[0, 1\)"),
     (lambda: compose.compose([ONE], DARE()), r"DARE draws at random: give key="),
     (lambda: compose.compose([ONE], compose.KnOTS(DARE())), "KnOTS draws at random"),
-    (lambda: compose.compose([ONE], DARE(then=compose.KnOTS()), key=jax.random.key(0)), "then=KnOTS.*reads the factors"),
+    (lambda: compose.compose([ONE], DARE(then=compose.KnOTS()), key=jax.random.key(0)), "then=KnOTS.* the factors"),
     (lambda: compose.compose([ONE], compose.KnOTS(compose.LoraHub())), r"then=LoraHub\(\) reads the factors"),
     (lambda: compose.compose([ONE], compose.KnOTS(compose.PEFTForm("ties"))), "then=PEFTForm.*reads the factors"),
     (lambda: compose.compose([ONE], compose.KnOTS(side="left")), "side='left' is unknown"),

@@ -90,6 +90,26 @@ def test_a_quantised_base_is_added_to_as_it_is_read() -> None:
         compose.merge(PARAMS, one)
 
 
+@pytest.mark.parametrize("start", ["loftq", "qpissa"])
+def test_the_correction_of_a_quantised_base_goes_in_once(start: str) -> None:
+    """Two such adapters that did not train: composed they are the start again, or an error says why they are not."""
+    adapt = lj.adapt(trained(0, LoRA(rank=1)).adapt.sites, [("stack", LoRA(rank=3, initializer=start))])
+    base, stats = quant.plan(adapt.sites, [("stack", quant.NF4(block=6))]).start(adapt, PARAMS)
+    start_of = adapt.init(jax.random.key(0), base, stats)
+    one = compose.Adapter(adapt, *start_of)
+    two = one._replace(trainable=jax.tree.map(lambda x: x * 1.001, start_of[0]))
+    plain = trained(3, [("stack", LoRA(rank=1))], base)
+    made = compose.compose([one, one, plain], weights=[0.25, 0.75, 2.0])
+    want = adapt.merge(*start_of)["stack"] + 2 * (plain.adapt.merge(plain.trainable, plain.frozen)["stack"]
+                                                  - base["stack"].dense())
+    np.testing.assert_allclose(made.adapt.merge(made.trainable, made.frozen)["stack"], want, atol=1e-5)
+    once = compose.merge(base, one)
+    for call in (lambda: compose.compose([one, two]), lambda: compose.merge(base, one, weights=0.5),
+                 lambda: compose.compose([one], compose.TIES()), lambda: compose.merge(once, two)):
+        with pytest.raises(ValueError, match=r"stack: .*quantisation of their base.*weights .* that sum to 1"):
+            call()
+
+
 def test_dora_and_heads() -> None:
     one = trained(5, [("stack", DoRA(LoRA(rank=2))), ("head|bias", lj.Full())])
     with pytest.raises(ValueError, match="in full"):

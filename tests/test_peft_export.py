@@ -134,6 +134,10 @@ def test_what_peft_has_no_form_for_says_so(base: Any, tmp_path: Path) -> None:
         adapt, trainable, frozen, _, _ = ours(base, rules)
         with pytest.raises(peft.AdapterError, match=words):
             peft.write(tmp_path / "a", adapt, trainable, frozen, names)
+    adapt, trainable, frozen, _, _ = ours(base, [(QV, LoRA(2))])
+    adapt = lj.adapt(adapt.sites, [(QV, LoRA(2, initializer="loftq"))])  # its base is quantised, and not in a file
+    with pytest.raises(peft.AdapterError, match="corrects a quantised base that PEFT's file does not hold"):
+        peft.write(tmp_path / "a", adapt, trainable, frozen, names)
     assert not list(tmp_path.iterdir())
 
 

@@ -346,3 +346,7 @@ def test_a_start_from_the_quantisation_says_what_it_needs() -> None:
         adapt.init(jax.random.key(0), params())
     with pytest.raises(ValueError, match="no rule quantises it"):
         quant.plan(sites, [("down", NF4())]).start(adapt, params())
+    base, stats = quant.plan(sites, [("up", NF4())]).start(adapt, params())
+    adapt.init(jax.random.key(0), base, stats)
+    with pytest.raises(ValueError, match="up .*hold it as it was before: pass the params that quant.plan"):
+        adapt.init(jax.random.key(0), params(), stats)

@@ -23,7 +23,7 @@ from lorajax.compose.wholes import Whole, wholes
 from lorajax.core.adapt import Adapt, Frozen
 from lorajax.core.rules import Chosen
 from lorajax.core.sites import table
-from lorajax.core.variant import Full
+from lorajax.core.variant import Full, Variant
 from lorajax.variants.lora import LoRA, LoRAAdapter
 
 EXACTLY = Sum()
@@ -121,9 +121,25 @@ def prepared(adapters: Sequence[Trained], method: Method, weights: Any, key: jax
     found, n = gather(adapters, params), len(adapters)
     w = weighted(weights, n)
     method.check(n)
+    corrected_once(adapters, w, method)
     if method.draws and key is None:
         raise ValueError(f"{type(method).__name__} draws at random: give key=jax.random.key(...)")
     return found, w, method.survey(lambda: found.parts(w, key), n)
+
+
+def corrected_once(adapters: Sequence[Trained], weights: Any, method: Method) -> None:
+    """Raises ValueError where starts from the quantisation (LoftQ, QPiSSA) would not go in once: each update of theirs
+    holds, beside what was trained, the same part of the weight that quantisation took off."""
+    total: dict[str, float] = {}
+    for one, weight in zip(adapters, weights, strict=True):
+        for path, choice in one.adapt.plan.items():
+            if isinstance(choice, Variant) and choice.statistic and choice.statistic.of == "quantization":
+                total[path] = total.get(path, 0.0) + float(weight)
+    wrong = [path for path, times in total.items() if abs(times - 1) > 1e-5 or not isinstance(method, Sum)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: these adapters started from the quantisation of their base, which every update "
+                         f"corrects; with {type(method).__name__} and weights that sum to {total[wrong[0]]:g} the "
+                         f"correction does not go in once: use Sum() with weights of such adapters that sum to 1")
 
 
 def fitted(whole: Pair | np.ndarray, rank: int | None) -> tuple[Pair, float, float]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorajax.compose.composed import prepared
+from lorajax.compose.composed import corrected_once, prepared
 from lorajax.compose.gathered import Gathered, Pair, Trained, gather, weighted
 from lorajax.compose.method import Method
 from lorajax.compose.sums import Sum
@@ -103,6 +103,9 @@ def _remade(base: Any, entries: tuple[Entry, ...]) -> Merged:
     leaves, tree = by_path(base)
     sums: dict[str, list[jax.Array]] = {}
     whole: dict[str, jax.Array] = {}
+    if len(entries) > 1:
+        pairs = [(one, w) for entry in entries for one, w in zip(entry.adapters, entry.weights, strict=True)]
+        corrected_once([one for one, _ in pairs], [w for _, w in pairs], EXACTLY)
     for entry in entries:
         found, w, survey = prepared(entry.adapters, entry.method, entry.weights, entry.key, base)
         for path in found.paths:

@@ -40,7 +40,7 @@ class PEFTForm(Method):
     majority: str = "total"
     svd: bool = False
 
-    reads_taus = property(lambda self: self.svd)  # type: ignore[assignment]
+    reads_taus = property(lambda self: self.svd)
 
     def compose(self, part: Part, survey: Any) -> Pair | np.ndarray:
         """Factors of the inputs' rank, or with `svd` dense."""

@@ -81,15 +81,17 @@ class Adapt:
         folded with its path.
         """
         base = self._checked(params)
-        blind = [path for path, choice in self.plan.items()
-                 if isinstance(choice, Variant) and choice.statistic and path not in (stats or {})]
-        if blind:
-            reads = getattr(self.plan[blind[0]], "statistic", None)
-            made = reads is not None and reads.of == "quantization"
-            way = "quant.plan(...).start(adapt, params)" if made else "calibrate(adapt, ...)"
+        asked = {path: choice.statistic for path, choice in self.plan.items()
+                 if isinstance(choice, Variant) and choice.statistic}
+        made = [path for path, statistic in asked.items() if statistic.of == "quantization"]
+        if blind := [path for path in asked if path not in (stats or {})]:
+            what, way = ("its quantisation", "quant.plan(...).start(adapt, params)") if blind[0] in made else (
+                "data", "calibrate(adapt, ...)")
             raise ValueError(f"{self.plan[blind[0]]} at {blind[0]!r} (and {len(blind) - 1} other paths) starts from "
-                             f"{'its quantisation' if made else 'data'}: pass init(key, params, stats) what "
-                             f"lorajax.{way} returned")
+                             f"{what}: pass init(key, params, stats) what lorajax.{way} returned")
+        if dense := [path for path in made if not (is_packed(base[path]) or isinstance(base[path], jax.core.Tracer))]:
+            raise ValueError(f"{dense[0]} (and {len(dense) - 1} other paths) starts from its quantisation, and these "
+                             f"params hold it as it was before: pass the params that quant.plan(...).start returned")
         trainable: dict[str, Any] = {}
         aux = {}
         for path, choice in self.plan.items():

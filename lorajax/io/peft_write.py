@@ -85,6 +85,10 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             halves = zip(trainable[path], frozen.aux.get(path, trainable[path]), strict=True)
             adapter = type(trainable[path])(*[other if x is None else x for x, other in halves])
             adapters[path] = joined(choice, adapter, convert)
+            if choice.statistic and choice.statistic.of == "quantization":
+                raise AdapterError(f"{path}: {choice} corrects a quantised base that PEFT's file does not hold, and on "
+                                   f"another one it is wrong: serve what merge returned, or write "
+                                   f"lorajax.compose.as_lora's result for exactly this base")
     tokens = {path: v for path, (v, _, _) in adapters.items() if isinstance(v, TrainableTokens)}
     beside = tokens if len(tokens) < len(adapters) else {}
     kind, method = _one_method({path: variant for path, (variant, _, _) in adapters.items() if path not in beside})
