@@ -105,17 +105,16 @@ def assemble(group: sweep.Group, c: ConfigDict, begun: Prepared) -> tuple[list[M
     total = build.total_steps(c, len(build.batches(c, begun.tokens)["train"]))
     make = maker(c, begun, total)
     begin = jax.jit(lambda key, trainable, seed: init_state(key, trainable, *make({"seed": seed})[2:]))
-    compiled: dict[str, tuple[lj.Adapt, Any]] = {}
+    compiled: dict[str, Any] = {}
     members: list[Member] = []
     for launch in group.launches:
         own = launch.config
         head_key, adapter_key, train_key = jax.random.split(jax.random.key(own.seed), 3)
         mine = json.dumps({k: v for k, v in config.flatten(own).items() if k not in LATER}, default=str)
+        adapt = lj.adapt(sites, build.rules(own, model))
         if mine not in compiled:
-            adapt = lj.adapt(sites, build.rules(own, model))
-            compiled[mine] = adapt, jax.jit(adapt.init, out_shardings=model.place.adapters(adapt))
-        adapt, init = compiled[mine]
-        trainable, frozen = init(adapter_key, build.with_head(model, head_key), rounded)
+            compiled[mine] = jax.jit(adapt.init, out_shardings=model.place.adapters(adapt))
+        trainable, frozen = compiled[mine](adapter_key, build.with_head(model, head_key), rounded)
         frozen = frozen._replace(base={path: flat[path] for path in frozen.base})
         trained = sum(x.size for x in jax.tree.leaves(trainable))
         if "variant.rank" in group.differ:

@@ -55,6 +55,10 @@ def test_a_packed_run_leaves_what_the_run_alone_leaves(files: Any, runs: Path) -
     assert len(summaries) == 5
     packed = [s for s in summaries if "packed_with" in s.read_text()]
     assert len(packed) == 4
+    for folder in (summary.parent for summary in packed):  # its own dropout, which the program has as a number
+        files_ = folder / "config.json", folder / "adapter" / "adapter_config.json"
+        asked, left = (json.loads(file.read_text()) for file in files_)
+        assert left["lora_dropout"] == asked["config"]["variant"]["dropout"]
     for summary in packed[:2]:
         folder = summary.parent
         c = json.loads((folder / "config.json").read_text())["config"]
