@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
     if c.generate >= 0:
         place.held(c.generate_batch)
         prompts, references = language.prompts(c, model, task, splits[task.generated])
+        jax.eval_shape(partial(model.net.empty_cache, 1, int(prompts.lengths.max()) + c.max_new))
         if prompts.dropped:
             print(f"{prompts.dropped} prompts of more than max_length={c.max_length} tokens are left out")
 

@@ -161,7 +161,7 @@ def load_data(c: Any) -> build.Data:
     task = config.choose("task", c.args.task, data.IMAGES)
     splits = data.load_images(task.name, c.data or None)
     for name, x in splits.items() if c.examples else ():
-        rows = np.unique(np.linspace(0, len(x.labels) - 1, c.examples).astype(int))
+        rows = build.spaced(len(x.labels), c.examples)
         splits[name] = data.Images(x.pixels[rows], x.labels[rows])
     return build.Data(task, splits, "+".join(x.fingerprint()[:16] for x in splits.values()))
 

@@ -88,9 +88,15 @@ def load_data(config: ConfigDict) -> Data:
     return Data(task, splits, hashlib.sha256(digests.encode()).hexdigest()[:32])
 
 
+def spaced(rows: int, count: int) -> np.ndarray:
+    """`count` of so many rows, evenly spaced; all of them for 0 or where there are no more."""
+    every = not count or count >= rows
+    return np.arange(rows) if every else np.unique(np.linspace(0, rows - 1, count).astype(np.int64))
+
+
 def _some(examples: data.Examples, count: int) -> data.Examples:
     """`count` rows, evenly spaced."""
-    rows = np.unique(np.linspace(0, len(examples.labels) - 1, count).astype(np.int64))
+    rows = spaced(len(examples.labels), count)
     return data.Examples(tuple([column[row] for row in rows] for column in examples.texts), examples.labels[rows])
 
 

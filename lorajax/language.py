@@ -78,10 +78,8 @@ def load_data(config: ConfigDict) -> Data:
 
 
 def spaced(rows: Any, count: int) -> list[Any]:
-    """`count` of the rows, evenly spaced; all of them for 0 or where there are no more."""
-    if not count or count >= len(rows):
-        return list(rows)
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))]
+    """The rows that `build.spaced` names."""
+    return [rows[i] for i in build.spaced(len(rows), count)]
 
 
 def load_model(config: ConfigDict) -> Model:

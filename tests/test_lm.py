@@ -390,6 +390,10 @@ def test_long_prompts_are_left_out_and_what_fits_no_mesh_is_told_first(tmp_path,
     pairs = [("short", "a"), ("long " * 40, "b"), ("short", "c")]
     prompts, references = language.prompts(world.c, world.model, world.found.task, pairs)
     assert references == [["a", "c"]] and (len(prompts.lengths), prompts.dropped) == (1, 1)
+    model = gpt2_folder(tmp_path / "model", {"eos_token_id": 257})
+    with pytest.raises(ValueError, match="this model has 160 positions"):
+        lm.main(words(tmp_path / "runs", "e2e", f",model={model}", "--config.max_new=150"))
+    assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(language, "prompts", None)  # not reached
     mesh = ("--config.mesh.data=4", "--config.generate_batch=6")
     with pytest.raises(MeshError, match="a batch of 6 rows does not divide among data 4"):
