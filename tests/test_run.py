@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from lorajax.shard import hosts
 from lorajax.train.progress import Progress
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, environment, run_folder, stop_on_signal, write_json
 
@@ -144,6 +145,22 @@ def test_one_writer_at_a_time(tmp_path):
             Run(tmp_path, {}, tensorboard=False)
     with Run(tmp_path, {}, tensorboard=False):
         pass
+
+
+def test_processes_agree_on_whether_the_folder_is_open(tmp_path, monkeypatch):
+    """Where process 0 is refused, the others hear of it and wait for nothing."""
+    told = []
+    monkeypatch.setattr(hosts, "agreed", lambda value: told.append(bool(value)) or value)
+    with Run(tmp_path, {"a": 1}), pytest.raises(RunError, match="in use"):
+        Run(tmp_path, {"a": 1})
+    with pytest.raises(RunError, match="other settings"):
+        Run(tmp_path, {"a": 2})
+    assert told == [True, False, False]
+    monkeypatch.setattr(hosts, "writes", lambda: False)
+    Run(tmp_path, {"a": 1})
+    monkeypatch.setattr(hosts, "agreed", lambda value: False)  # what process 0 answers
+    with pytest.raises(RunError, match="process 0 could not open"):
+        Run(tmp_path, {"a": 1})
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -75,29 +75,33 @@ class Run:
         self._timing: Any = None
         self._lock: Any = None
         self.resumed, self.changed = False, list[str]()
-        if not hosts.writes():
-            hosts.wait("run folder")
-            return
+        opened = False
+        try:
+            if hosts.writes():
+                self._open({"config": config, "fingerprints": fingerprints or {}, **environment()}, ignore, fresh)
+            opened = True
+        finally:
+            if not opened:
+                self.close()
+            agreed = hosts.agreed(opened)
+        if not agreed:
+            raise RunError(f"process 0 could not open {self.folder}, and says why")
+
+    def _open(self, asked: dict[str, Any], ignore: Collection[str], fresh: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
-        try:
-            if fresh:
-                self._forget()
-            asked = {"config": config, "fingerprints": fingerprints or {}, **environment()}
-            asked = json.loads(json.dumps(asked, allow_nan=False))
-            path = self.folder / "config.json"
-            self.resumed = path.exists()
-            if self.resumed:
-                began = json.loads(path.read_text())
-                self.changed = _compare(began, asked, {f"config.{key}" for key in ignore}, path)
-            else:
-                write_json(path, asked)
-            self._metrics = (self.folder / "metrics.jsonl").open("ab")
-            self._timing = (self.folder / "timing.jsonl").open("a")
-        except BaseException:
-            self._lock.close()
-            raise
-        hosts.wait("run folder")
+        if fresh:
+            self._forget()
+        asked = json.loads(json.dumps(asked, allow_nan=False))
+        path = self.folder / "config.json"
+        self.resumed = path.exists()
+        if self.resumed:
+            began = json.loads(path.read_text())
+            self.changed = _compare(began, asked, {f"config.{key}" for key in ignore}, path)
+        else:
+            write_json(path, asked)
+        self._metrics = (self.folder / "metrics.jsonl").open("ab")
+        self._timing = (self.folder / "timing.jsonl").open("a")
 
     @property
     def finished(self) -> bool:
