@@ -200,9 +200,9 @@ class AdapterLibrary:
             raise
 
     def unpin(self, name: str) -> None:
-        """Lets it go where others need its place."""
+        """Lets 'name@version', or every version of 'name', go where others need its place."""
         with self._lock:
-            self._pinned.discard(name if "@" in name else self.find(name).id)
+            self._pinned -= {id for id in self._pinned if name in (id, id.rpartition("@")[0])}
 
     @property
     def on_device(self) -> tuple[str, ...]:

@@ -106,6 +106,10 @@ def test_the_least_recently_used_gives_way_and_what_is_pinned_stays(tmp_path: Pa
     small.unpin("b")
     small.get("c")
     assert small.on_device == ("a@1", "c@1")
+    one.add("a", *ONES["small"])
+    small.unpin("a")  # the version that was pinned, not the newest
+    small.get("b")
+    assert small.on_device == ("c@1", "b@1")
     with pytest.raises(ValueError, match="budget=10 bytes do not hold one adapter of"):
         AdapterLibrary(tmp_path, FORM, PARAMS, budget=10)
 

@@ -1,5 +1,6 @@
 """8-bit blockwise quantisation with the dynamic maps (Dettmers et al., arXiv 2110.02861, section 2): of NF4's scales,
-where it is QLoRA's double quantisation, and of optimizer states. The maps, codes and scales are bitsandbytes' own."""
+where it is QLoRA's double quantisation, and of optimizer states. The maps are bitsandbytes' own; a code is that of the
+nearest value, of which its kernel for CPUs takes a neighbour here and there (`tests/test_quant.py`)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A format sees an array (stack..., rows..., n), float32, whose blocks run along the last dimension; `stack` leading
 dimensions are separate matrices. Codes have its shape (two 4-bit codes in a byte, the first in the high half), and
 each array of scales has one number for each block. NF4, FP4 and Int8 are bit-compatible with bitsandbytes, Q8_0 and
-Q4_1 with llama.cpp.
+Q4_1 with llama.cpp, but for scales that are quantised as well (`lorajax.quant.dynamic`).
 """
 
 from __future__ import annotations
