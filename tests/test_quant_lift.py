@@ -83,8 +83,9 @@ def test_no_dense_weight_lives_from_the_forward_to_the_backward_pass(style: str,
     assert handed >= (LAYERS - 1) * WIDTH * WIDTH  # the first needs none
 
 
-def test_a_scanned_stack_is_never_unpacked_whole() -> None:
-    fn, adapt, trainable, frozen, x = setting("scan", lj.LoRA(rank=2), NF4())
+@pytest.mark.parametrize("variant", [lj.LoRA(rank=2), DoRA(lj.LoRA(rank=2), detach=False)], ids=["lora", "dora"])
+def test_a_scanned_stack_is_never_unpacked_whole(variant: Any) -> None:
+    fn, adapt, trainable, frozen, x = setting("scan", variant, NF4())
     step = jax.make_jaxpr(jax.grad(lambda tr: jnp.sum(fn(adapt.bind(tr, frozen), x))))(trainable)
     made = [shape for _, shape in jaxprs.shapes(step)]
     assert (WIDTH, WIDTH) in made

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from lorajax.core.bound import Bound, Gate, Term, dense, is_bound
 from lorajax.core.dropping import dropping, kept
 from lorajax.core.layout import aligned, leaf, matrix, nameless, over_stack
 from lorajax.core.masks import apply
-from lorajax.core.packed import is_packed, unpacked
+from lorajax.core.packed import Packed, is_packed, unpacked
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
 from lorajax.core.summary import parameters, summary
@@ -201,7 +201,7 @@ class Adapt:
             read = _for(choice, _shared_term)
             run = lambda adapter, w, shared: read(choice, nameless(site), adapter, w, shared)  # noqa: E731
             if is_packed(w):  # unpacked again in the backward pass, if that reads it at all
-                run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+                run = _kept_packed(run)
             term = run(adapter, w, shared)
         else:
             term = _term(choice, site, adapter, None, shared)
@@ -309,10 +309,25 @@ def _term(variant: Variant, site: Site, adapter: Any, w: jax.Array | None, share
                      if isinstance(x, (int, float)) or any(x is y for y in shared.values())})
         return found._replace(**dict.fromkeys(same))
 
-    of_each = (adapter, None if w is None else matrix(site, w).astype(jnp.float32))
-    factors = over_stack(site, one)(*of_each) if jax.tree.leaves(of_each) else one(*of_each)  # all of it may be shared
+    rows = w.rows() if is_packed(w) and site.stack_axes[:1] == (0,) else None  # type: ignore[union-attr]
+    of_each = (adapter, None if w is None or rows is not None else matrix(site, w).astype(jnp.float32))
+    if rows is not None:
+        factors = jax.lax.map(_kept_packed(lambda xs: _of_layer(site, one, *xs)), (adapter, rows))
+    else:
+        factors = over_stack(site, one)(*of_each) if jax.tree.leaves(of_each) else one(*of_each)  # all may be shared
     term = aligned(site, factors._replace(**same))
     return term._replace(gate=Gate(variant.gate)) if variant.routed else term
+
+
+_kept_packed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+"""Of a function that unpacks weights: the backward pass does it again."""
+
+
+def _of_layer(site: Site, function: Callable[..., Any], adapter: Any, w: Packed) -> Any:
+    """`function` of the matrices in one layer of a packed stack, so that no more than these are unpacked at a time."""
+    first = replace(site, shape=(1, *site.shape[1:]))
+    adapter, m = jax.tree.map(lambda x: x[None], (adapter, w.dense()))
+    return jax.tree.map(lambda x: x[0], over_stack(first, function)(adapter, matrix(first, m).astype(jnp.float32)))
 
 
 _shared_term = jax.jit(_term, static_argnums=(0, 1))
