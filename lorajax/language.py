@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lorajax import build, data
 from lorajax.config import ConfigError, choose
 from lorajax.core.fingerprint import fingerprint
+from lorajax.data.chat import NoTemplate
 from lorajax.data.prompts import Prompts, encode_prompts
 from lorajax.data.text_tasks import TEXT_TASKS, Pairs, TextTask, grouped, load_pairs
 from lorajax.data.text_tasks import fingerprint as pairs_fingerprint
@@ -165,7 +166,7 @@ def _tiny(overrides: dict[str, Any], place: Placement) -> Model:
 def _template(folder: Path) -> data.ChatTemplate | None:
     try:
         return data.load_chat_template(folder)
-    except ValueError:  # none there: an error only for a task that needs one
+    except NoTemplate:  # an error only for a task that needs one
         return None
 
 

@@ -316,6 +316,9 @@ def test_a_folder_names_its_end_of_text(tmp_path) -> None:
             (Path(c.args.model) / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_start|>",
                                                                                   "chat_template": "x"}))  # fmt: skip
             assert language.load_model(c).end == "<|im_start|>"
+            (Path(c.args.model) / "chat_template.jinja").write_text("{% for %}")
+            with pytest.raises(ValueError, match="the chat template is not Jinja"):
+                language.load_model(c)
 
 
 @pytest.mark.slow

@@ -45,6 +45,10 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 _START, _END = "\ue000", "\ue001"  # private use: around what `{% generation %}` holds, in `marked` alone
 
 
+class NoTemplate(ValueError):
+    """A model folder has no chat template, or none of the name."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """source: the Jinja template. tokens: what it may name beside the messages (`bos_token`, `eos_token`, ...).
@@ -111,7 +115,8 @@ def load_chat_template(
     """The template of a model folder: `chat_template.jinja`, else `chat_template` in `tokenizer_config.json`.
 
     name: which, where the folder has several. default: the source to take where it has none, such as `CHATML`; its
-    turns' end then is the `eos_token`. Raises ValueError where there is none, FileNotFoundError without the folder.
+    turns' end then is the `eos_token`. Raises NoTemplate, a ValueError, where there is none, FileNotFoundError without
+    the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -131,8 +136,8 @@ def load_chat_template(
     if default is not None and not sources:
         return ChatTemplate(default, tokens | ({"eos_token": "<|im_end|>"} if default == CHATML else {}))
     if sources:
-        raise ValueError(f"{str(folder)!r} has no chat template {name!r}; it has {', '.join(sorted(sources))}")
-    raise ValueError(f"{str(folder)!r} has no chat template, neither chat_template.jinja nor in tokenizer_config.json: "
+        raise NoTemplate(f"{str(folder)!r} has no chat template {name!r}; it has {', '.join(sorted(sources))}")
+    raise NoTemplate(f"{str(folder)!r} has no chat template, neither chat_template.jinja nor in tokenizer_config.json: "
                      f"give default=lorajax.data.CHATML, or train on prompts and completions")  # fmt: skip
 
 
