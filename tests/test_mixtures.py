@@ -199,6 +199,8 @@ def test_merging_by_likeness_is_one_weight_for_all_tokens_of_a_sequence() -> Non
     (lambda: lj.lift(layers)(given(bound_of(MoLoRA(rank=2, experts=3)), jnp.ones((5, 3))), X),
      r"given as 15 numbers, and a weight reads rows of \(3, 4\)"),
     (lambda: compose.XLoRA(4, 2, top_k=3), r"top_k=3 must be in 0..2"),
+    (lambda: balanced(bound_of(MoLoRA(2, router="sigmoid")), jnp.ones((3, 4))), "do not sum to 1: take router"),
+    (lambda: balanced(given(bound_of(MoLoRA(2, 3)), jnp.ones((3, 4, 3))), jnp.ones((3, 4))), "given from outside"),
     (lambda: balanced(PARAMS, jnp.ones(3), kind="z"), "kind='z' is unknown; there are switch, cv"),
 ])
 def test_errors(build: Any, words: str) -> None:

@@ -32,7 +32,8 @@ def balanced(bound: Any, mask: jax.Array, coefficient: float = 1e-2, kind: str =
         2101.03961, equation 4; MixLoRA's term, there 1e-2); least, 1, where all experts are used alike;
       - ``cv``: ``var_e / (mean_e^2 + 1e-10)`` of ``sum_tokens p_e``, unbiased variance (LoRAMoE's released code, arXiv
         2312.09979, without its two types of samples).
-    Raises ValueError for an unknown kind and a tree without routers.
+    Raises ValueError for an unknown kind, a tree without routers, and weights that are no softmax of a router
+    (MoLoRA's sigmoid, `given`).
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; there are {', '.join(KINDS)}")
@@ -40,6 +41,8 @@ def balanced(bound: Any, mask: jax.Array, coefficient: float = 1e-2, kind: str =
     routed = [term for node in nodes for term in node.terms if term.gate is not None]
     if not routed:
         raise ValueError("nothing in this tree has a router: a balance term is for HydraLoRA and MoLoRA")
+    if any(term.given is not None for term in routed):
+        raise ValueError("the weights of these experts are given from outside: balance what computes them")
     count = sum(_matrices(term) for term in routed)
     seen = Factor(mask.astype(jnp.float32), ())
 
@@ -79,8 +82,12 @@ def cv(p: jax.Array, rows: jax.Array) -> jax.Array:
 def _balanced(gate: Callable[..., jax.Array], kind: str, coefficient: float) -> Callable[..., jax.Array]:
     """The gate with a third argument, which row is a token, and the term in its derivative."""
     loss = {"switch": switch, "cv": cv}[kind]
-    probe = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-    shared = jax.eval_shape(gate, probe, probe).size > probe.size  # one A for all experts (HydraLoRA)
+    with jax.ensure_compile_time_eval():
+        alike = gate(jnp.zeros((1, 3)), jnp.ones((1, 3)))
+        shared = alike.size > 3  # one A for all experts (HydraLoRA)
+        if not jnp.allclose(jnp.sum(alike), 3 if shared else 1):
+            raise ValueError("a balance term is of a softmax over experts, and these weights do not sum to 1: take "
+                             "router='softmax', or leave the term out")
 
     def term(routed: jax.Array, rows: jax.Array) -> jax.Array:
         flat = routed.reshape(-1, routed.shape[-1])
