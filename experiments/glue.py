@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens, place,
                                                     made=rounded)
     print(adapt)
-    trained = sum(x.size for x in jax.tree.leaves(trainable))
+    trained = adapt.count(trainable)
 
     tx = build.optimizer(c, adapt, model, total)
     controller = build.controller(c, adapt, total)

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     else:
         adapt, trainable, frozen = start.make(c, adapt, model, plain, train, adapter_key, tokens, place, made=rounded)
     print(adapt)
-    trained = sum(x.size for x in jax.tree.leaves(trainable))
+    trained = adapt.count(trainable)
 
     tx = build.optimizer(c, adapt, model, total)
     controller = build.controller(c, adapt, total)

@@ -116,7 +116,7 @@ def assemble(group: sweep.Group, c: ConfigDict, begun: Prepared) -> tuple[list[M
             compiled[mine] = jax.jit(adapt.init, out_shardings=model.place.adapters(adapt))
         trainable, frozen = compiled[mine](adapter_key, build.with_head(model, head_key), rounded)
         frozen = frozen._replace(base={path: flat[path] for path in frozen.base})
-        trained = sum(x.size for x in jax.tree.leaves(trainable))
+        trained = adapt.count(trainable)
         if "variant.rank" in group.differ:
             trainable |= {p: widen(trainable[p], choice.leaves, c.variant.rank) for p, choice in adapt.plan.items()}
         state = begin(train_key, trainable, np.int32(own.seed))

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         adapt, trainable, frozen = start.make(c, adapt, model, loss, batches["train"], adapter_key, real(c, model),
                                               made=rounded)
     print(adapt)
-    trained = sum(x.size for x in jax.tree.leaves(trainable))
+    trained = adapt.count(trainable)
 
     tx = build.optimizer(c, adapt, model, total)
     controller = build.controller(c, adapt, total)

@@ -82,8 +82,14 @@ def test_published_count(model: tuple[int, Shapes], variant: Variant, published:
     assert adapted(model, variant).count() == published
 
 
-def test_lora_fa_trains_b_alone() -> None:
-    """A stays among the trainable arrays, where a projected LoRA-FA reads it; its optimizer moves label b alone."""
-    adapt = adapted(LLAMA_3B, LoRA(rank=32, freeze_a=True))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_lora_fa_trains_b_alone(wrapped: bool) -> None:
+    """A stays among the trainable arrays, where a projected LoRA-FA reads it, but no gradient reaches it."""
+    variant = LoRA(rank=32, freeze_a=True)
+    adapt = adapted(LLAMA_3B, DoRA(variant) if wrapped else variant)
     labels, shapes = jax.tree.leaves(adapt.labels), jax.tree.leaves(adapt.shapes[0])
-    assert sum(x.size for label, x in zip(labels, shapes, strict=True) if label == "b") == 3_670_016
+    moved = [x.size for label, x in zip(labels, shapes, strict=True) if label != "a"]
+    assert adapt.count() == sum(moved)
+    if not wrapped:
+        assert sum(moved) == 3_670_016
+        assert "trains 3,670,016 of " in str(adapt)

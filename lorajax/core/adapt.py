@@ -19,7 +19,7 @@ from lorajax.core.masks import apply
 from lorajax.core.packed import Packed, is_packed, unpacked
 from lorajax.core.rules import Chosen, Rule, resolve
 from lorajax.core.sites import Site, Sites, by_path
-from lorajax.core.summary import parameters, summary
+from lorajax.core.summary import summary, trained
 from lorajax.core.variant import Full, FullAdapter, Statistic, Variant, may_drop
 
 
@@ -251,8 +251,8 @@ class Adapt:
         return total
 
     def count(self, trainable: Mapping[str, Any] | None = None) -> int:
-        """Number of trained parameters."""
-        return parameters(self.shapes[0] if trainable is None else trainable)
+        """Number of trained parameters; leaves that stay at their start (`Variant.still`) are not among them."""
+        return sum(trained(self, self.shapes[0] if trainable is None else trainable).values())
 
     def _checked(self, params: Any) -> dict[str, jax.Array]:
         """path -> leaf, after comparing paths and shapes with the traced ones."""

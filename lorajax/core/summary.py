@@ -10,12 +10,19 @@ import numpy as np
 from lorajax.core.bound import is_bound
 from lorajax.core.lift import lift
 from lorajax.core.sites import table
-from lorajax.core.variant import Full
+from lorajax.core.variant import Full, Variant
 
 
 def parameters(tree: Any) -> int:
     """Number of elements in a tree of arrays or shapes."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def trained(adapt: Any, trainable: Any) -> dict[str, int]:
+    """Path, or name of a shared slot -> number of its parameters that an optimizer moves."""
+    still = {path: choice.inner.still for path, choice in adapt.plan.items() if isinstance(choice, Variant)}
+    return {name: parameters(tree) - parameters([getattr(tree, leaf) for leaf in still.get(name, ())])
+            for name, tree in trainable.items()}
 
 
 def size(tree: Any) -> int:
@@ -57,18 +64,19 @@ def summary(adapt: Any) -> str:
     """The table of an `Adapt`, as text."""
     trainable, _ = adapt.shapes
     total = parameters(list(adapt.sites.leaves.values()))
+    counts = trained(adapt, trainable)
     rows: list[tuple[str, ...]] = [("path", "shape", "gets", "rank", "params", "% of base", "rule")]
     for path, chosen in adapt.chosen.items():
-        own = parameters(trainable[path])
+        own = counts[path]
         name = "Full" if isinstance(chosen.choice, Full) else type(chosen.choice).__name__
         shape = ",".join(map(str, adapt.sites.leaves[path].shape))
         rows.append((path, shape, name, str(getattr(chosen.choice, "rank", "")), f"{own:,}", f"{100 * own / total:.3f}",
                      f"{chosen.rule} {chosen.pattern}"))
     for name, slot in adapt.slots.items():
-        own = parameters(trainable.get(name, {}))
+        own = counts.get(name, 0)
         rows.append((name, "", type(slot.variant).__name__, str(getattr(slot.variant, "rank", "")), f"{own:,}",
                      f"{100 * own / total:.3f}", f"read by {len(slot.paths)} weights"))
-    own = parameters(trainable)
+    own = sum(counts.values())
     parts = {name: f"{value / 2**20:.1f} MiB" for name, value in memory(adapt).items()}
     return "\n".join([
         table(rows), f"trains {own:,} of {total:,} parameters ({100 * own / total:.3f} %)",

@@ -89,6 +89,11 @@ class LoRA(Variant):
         return TRAINED | START if self.initial.subtracts else TRAINED
 
     @property
+    def still(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A with `freeze_a`."""
+        return ("A",) if self.freeze_a else ()
+
+    @property
     def scale(self) -> float | jax.Array:
         """s, the number in front of A B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
