@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 import lorajax as lj
 from experiments import glue
 from lorajax import build, compose, data
-from lorajax.config import ConfigError, choose
+from lorajax.config import ConfigError, choose, typed
 from lorajax.core.sites import table
 from lorajax.core.variant import Variant
 from lorajax.io import adapter
@@ -31,6 +31,7 @@ from lorajax.train.step import make_eval
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.compose", description=__doc__,
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--method", default="sum")
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--score", action="store_true")
     options, rest = parser.parse_known_args(argv)
     method = method_of(options.method, rest)
-    weights = [float(x) for x in options.weights.split(",")] if options.weights else None
+    weights = typed("--weights", options.weights, (1.0,)) if options.weights else None
+    if not 0 <= options.head < len(options.runs):
+        raise ConfigError(f"--head={options.head}, but the runs are 0 to {len(options.runs) - 1}")
 
     runs = [load_run(folder) for folder in options.runs]
     made = composed(runs, method, weights=weights, rank=options.rank, key=jax.random.key(options.seed),
@@ -147,4 +150,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+        raise SystemExit(f"error: {error}") from None

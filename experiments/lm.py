@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     launch = config.parse(argv, workdir="runs", resume=True, **hosts.FLAGS)
     c = launch.config
+    config.needs(c, "lr", "configs/e2e.py")
     compile_cache()
     hosts.start(**{name: launch.options[name] for name in hosts.FLAGS})
 

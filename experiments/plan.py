@@ -38,7 +38,9 @@ SPLIT = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
 def main(argv: list[str]) -> None:
     began = time.monotonic()
     launch = config.parse(argv, compile=False)
-    c, where = launch.config, machine(launch.config.args.machine)
+    c = launch.config
+    config.needs(c, "args.machine", "configs/plan.py")
+    where = machine(c.args.machine)
     sizes = sizes_of(dict(c.mesh), where.devices)
     rules, usual = build.sharding(c, "llama")
     rows = per_device(c.batch, math.prod(sizes[axis] for axis in BATCH), "batch", "data x fsdp")

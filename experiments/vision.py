@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     launch = config.parse(argv, workdir="runs", resume=True)
     c = launch.config
+    config.needs(c, "lr", "configs/vit.py")
     compile_cache()
 
     # Everything below is a function of the config and of these three keys.

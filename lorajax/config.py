@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -147,6 +148,7 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
     """Parses ``--config FILE[:arg]``, ``--config.key=value`` and the script's own ``--flag=value``.
 
     A value may also follow as the next word; a bool option is also ``--flag`` and ``--no-flag``.
+    ``--help`` prints the script's docstring and ends.
 
     Args:
       argv: the words after the script's name.
@@ -155,6 +157,9 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
     flags = {key.replace("_", "-"): key for key in options}
     out, spec, overrides = dict(options), None, {}
     words = list(argv)
+    if {"-h", "--help"} & set(words):
+        print((sys.modules["__main__"].__doc__ or "").strip())
+        raise SystemExit(0)
     while words:
         word = words.pop(0)
         name, given, text = word.partition("=")
@@ -188,6 +193,12 @@ def parse(argv: Sequence[str], **options: Any) -> Launch:
     file = spec.partition(":")[0]
     said = differences(flatten(load(file)), before, flatten(config))
     return Launch(config.lock(), run_name(Path(file).stem, said), out, tuple(argv), said)
+
+
+def needs(config: Mapping[str, Any], key: str, file: str) -> None:
+    """ConfigError if `config` lacks the dotted `key`: it is another script's. file: one of this script's."""
+    if key not in flatten(config):
+        raise ConfigError(f"this config has no {key!r}, so it is another script's: this one takes such as {file}")
 
 
 def differences(default: Mapping[str, Any], built: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:

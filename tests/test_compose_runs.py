@@ -54,4 +54,10 @@ def test_errors(tmp_path: Path) -> None:
         compose.method_of("ties", ["--density=1"])
     with pytest.raises(ConfigError, match="method ties: .*unexpected keyword argument 'p'"):
         compose.method_of("ties", ["--method.p=1"])
+    with pytest.raises(ConfigError, match="'--meth=ties' is no option"):
+        compose.main([str(tmp_path), "--meth=ties"])
+    with pytest.raises(ConfigError, match="--head=2, but the runs are 0 to 1"):
+        compose.main([str(tmp_path), str(tmp_path), "--head=2"])
+    with pytest.raises(ConfigError, match="--weights='1,b' is not of type"):
+        compose.main([str(tmp_path), "--weights=1,b"])
     assert compose.method_of("dare", ["--method.then=ties", "--method.p=0.5"]).then.density == 0.2

@@ -88,6 +88,22 @@ def test_flag_errors(file, words, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--config=configs/lora.py", "--help"]])
+def test_help_is_the_scripts_docstring(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "How it is used.")
+    with pytest.raises(SystemExit) as ended:
+        config.parse(words, workdir="runs")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "How it is used.\n"
+
+
+def test_a_config_of_another_script():
+    config.needs(config.load("configs/lora.py"), "lr", "configs/lora.py")
+    for other in ("configs/plan.py", "configs/studies/targets.py"):
+        with pytest.raises(config.ConfigError, match="no 'lr', so it is another script's: .* such as configs/lora.py"):
+            config.needs(config.load(other), "lr", "configs/lora.py")
+
+
 def test_file_errors(file):
     with pytest.raises(config.ConfigError, match=r"no config file .*adalroa.py.*did you mean .*adalora.py"):
         config.load(file.replace("adalora", "adalroa") + ":rank=4")

@@ -66,5 +66,7 @@ def test_what_does_not_fit_is_said(capsys: Any) -> None:
     assert "v5p-64" in out.splitlines()[-2]
     with pytest.raises(MeshError, match="no machine '8xH10': did you mean '8xH100'"):
         machine("8xH10")
+    with pytest.raises(config.ConfigError, match="no 'args.machine', so it is another script's.*configs/plan.py"):
+        plan.main(["--config=configs/lora.py"])
     assert machine("v5p-64").devices == 32
     assert machine("v5e-16").devices == 16

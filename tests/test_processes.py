@@ -14,6 +14,8 @@ import process
 import pytest
 from tiny import glue_folder, model_folder
 
+from lorajax.data.batches import bucket_lengths
+from lorajax.optim.recipe import warmup_schedule
 from lorajax.shard import hosts
 from lorajax.shard.mesh import MeshError
 
@@ -118,3 +120,20 @@ def test_what_is_missing_is_named(given: Any, words: str) -> None:
     with pytest.raises(MeshError, match=words):
         hosts.start(**given)
     hosts.start(processes=1)
+
+
+def bad(words: list[str]) -> None:
+    raise ValueError("not ours")
+
+
+@pytest.mark.parametrize(
+    ("main", "ends", "said"),
+    [(lambda _: warmup_schedule(1.0, 10, decay="cosin"), SystemExit, "error: decay='cosin' .*did you mean 'cosine'"),
+     (lambda _: bucket_lengths(np.ones(3, int), 1, 0), SystemExit, "error: batch_size=0: a batch has at least one"),
+     (lambda _: np.reshape(np.ones(3), (2, 2)), ValueError, "cannot reshape"),
+     (bad, ValueError, "not ours")],
+)  # fmt: skip
+def test_what_our_code_says_of_bad_input_is_one_line(main: Any, ends: Any, said: str) -> None:
+    """A mistake inside JAX, NumPy or foreign code keeps its traceback."""
+    with pytest.raises(ends, match=said):
+        hosts.run(main, ())

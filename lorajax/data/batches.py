@@ -205,6 +205,8 @@ def bucket_lengths(lengths: np.ndarray, shapes: int, batch_size: int) -> tuple[i
     """
     if shapes < 1:
         raise ValueError(f"shapes={shapes}: at least one length is needed")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: a batch has at least one example")
     candidates = np.unique(lengths)
     count = len(candidates)
     empty = -len(lengths) % batch_size

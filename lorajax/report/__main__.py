@@ -18,6 +18,8 @@ from lorajax.report import cells, into, markdown, read, setting, write_csv
 def main(argv: Sequence[str]) -> None:
     flags = {"--csv": "", "--metric": "", "--reference": "", "--plots": "", "--into": "", "--section": ""}
     words, folders = list(argv), []
+    if {"-h", "--help"} & set(words):
+        return print((__doc__ or "").strip())
     while words:
         name, given, text = words.pop(0).partition("=")
         if name in flags:

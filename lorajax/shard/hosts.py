@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import linecache
 import os
 import re
 import sys
@@ -139,23 +140,33 @@ _LOST = r"gloo|connection (closed|reset)|heartbeat|coordination service|unavaila
 
 
 def run(main: Callable[[list[str]], None], explained: tuple[type[BaseException], ...]) -> None:
-    """`main` on the command line's words, with `explained` errors as one line. A process of several that fails ends at
-    once: an ordinary exit would wait for the others, which wait for it."""
+    """`main` on the command line's words, with `explained` errors and what our code says of bad input as one line. A
+    process of several that fails ends at once: an ordinary exit would wait for the others, which wait for it."""
     try:
         with together():
             main(sys.argv[1:])
         return
-    except (*explained, ProcessLost) as error:  # type: ignore[misc]
-        said = f"error: {error}"
     except SystemExit as error:
         if error.code in (None, 0, 75) or not jax.distributed.is_initialized():
             raise
         said = str(error.code)
-    except BaseException:
-        if not jax.distributed.is_initialized():
+    except BaseException as error:
+        if isinstance(error, (*explained, ProcessLost)) or _told(error):
+            said = f"error: {error}"
+        elif not jax.distributed.is_initialized():
             raise
-        said = traceback.format_exc()
+        else:
+            said = traceback.format_exc()
     if not jax.distributed.is_initialized():
         raise SystemExit(said)
     print(said, file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _told(error: BaseException) -> bool:
+    # Whether this is a ValueError that a `raise` of ours made: of JAX and NumPy, or by mistake, it needs its traceback.
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    ours = re.match(r"(lorajax|experiments|configs?_?|__main__)", frame.f_globals.get("__name__", ""))
+    return bool(ours) and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
