@@ -52,6 +52,9 @@ def main(argv: list[str]) -> None:
     found = language.load_data(c)
     model = language.load_model(c)
     task, splits, place = found.task, found.splits, model.place
+    if c.generate >= 0:  # where a package is missing that scores texts, here, not behind the training
+        _, text = splits[task.generated][0]
+        task.score([text], [[text]])
     learned = {name: language.examples(c, model, task, splits[name]) for name in ("train", task.held_out)}
     packed = data.pack(learned["train"], c.max_length, seed=c.seed) if c.packing else learned["train"]
     train, held_out = batched(c, packed, True), batched(c, learned[task.held_out])

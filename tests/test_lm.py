@@ -227,6 +227,13 @@ def test_a_run_leaves_scores_texts_and_what_it_has_forgotten(tmp_path, capsys) -
     assert "finished already" in capsys.readouterr().out
 
 
+def test_a_missing_package_of_scores_is_said_before_the_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ImportError, match=r"pip install 'lorajax\[text\]'"):
+        lm.main(words(tmp_path, "e2e", ""))
+    assert not list(tmp_path.rglob("config.json"))
+
+
 @pytest.mark.slow
 def test_gsm8k_by_dpo_on_conversations(tmp_path) -> None:
     lm.main(words(tmp_path, "gsm8k", "", "--config.loss=dpo", "--config.lr=1e-2", "--config.baseline=false",

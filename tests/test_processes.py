@@ -15,6 +15,7 @@ import pytest
 from tiny import glue_folder, model_folder
 
 from lorajax.data.batches import bucket_lengths
+from lorajax.data.text_scores import text_scores
 from lorajax.optim.recipe import warmup_schedule
 from lorajax.shard import hosts
 from lorajax.shard.mesh import MeshError
@@ -130,10 +131,13 @@ def bad(words: list[str]) -> None:
     ("main", "ends", "said"),
     [(lambda _: warmup_schedule(1.0, 10, decay="cosin"), SystemExit, "error: decay='cosin' .*did you mean 'cosine'"),
      (lambda _: bucket_lengths(np.ones(3, int), 1, 0), SystemExit, "error: batch_size=0: a batch has at least one"),
+     (lambda _: text_scores(["a"], [["a"]]), SystemExit, "error: sacrebleu scores generated texts: pip install"),
      (lambda _: np.reshape(np.ones(3), (2, 2)), ValueError, "cannot reshape"),
      (bad, ValueError, "not ours")],
 )  # fmt: skip
-def test_what_our_code_says_of_bad_input_is_one_line(main: Any, ends: Any, said: str) -> None:
+def test_what_our_code_says_of_bad_input_is_one_line(main: Any, ends: Any, said: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake inside JAX, NumPy or foreign code keeps its traceback."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ends, match=said):
         hosts.run(main, ())

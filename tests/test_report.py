@@ -77,6 +77,11 @@ def test_runs_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert read(tmp_path, "f1")[0].score == 0.5
     with pytest.raises(ValueError, match="no metric 'f2'; it has accuracy, f1"):
         read(tmp_path, "f2")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/summary.json").write_text('{"task": ')
+    with pytest.raises(ValueError, match="half: summary.json or config.json is no whole JSON"):
+        read(tmp_path)
+    (tmp_path / "half/summary.json").unlink()
     with pytest.raises(ValueError, match="no finished run"):
         read(tmp_path / "nothing")
     with pytest.raises(SystemExit, match="unexpected '--cvs'"):

@@ -147,6 +147,14 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
+def test_a_config_that_is_no_json_is_an_error_with_a_way_out(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": ')
+    with pytest.raises(RunError, match=r"config.json is no whole JSON .*--no-resume"):
+        Run(tmp_path, {}, tensorboard=False)
+    with Run(tmp_path, {}, tensorboard=False, fresh=True):
+        pass
+
+
 def test_processes_agree_on_whether_the_folder_is_open(tmp_path, monkeypatch):
     """Where process 0 is refused, the others hear of it and wait for nothing."""
     told = []

@@ -16,6 +16,7 @@ CPU set OMP_NUM_THREADS=1: PyTorch's threads spin while they wait.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -161,6 +162,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch's; JAX's is JAX_PLATFORMS'")
     parser.add_argument("--json", type=Path, help="write every loss and score there")
     options, words = parser.parse_known_args()  # the rest is for the config: --config.batch=16
+    if missing := [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"error: {', '.join(missing)} not installed: pip install 'lorajax[peft]'")
     jax.config.update("jax_default_matmul_precision", "highest")  # as torch's, which has TF32 off
     where = setting() | {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers")}
     rows, runs = [], []

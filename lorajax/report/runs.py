@@ -46,7 +46,11 @@ def read(folder: str | Path | Sequence[str | Path], metric: str = "") -> list[Re
     folders = [folder] if isinstance(folder, str | Path) else folder
     rows, names = [], []
     for path in sorted(path for one in folders for path in Path(one).rglob("summary.json")):
-        summary, began = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
+        try:
+            summary, began = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.parent}: summary.json or config.json is no whole JSON ({error}): remove the run, "
+                             f"and train it again") from error
         settings = _flat(began["config"])
         headline = metric or summary["headline"]
         if headline not in summary["scores"]:

@@ -164,8 +164,9 @@ def run(main: Callable[[list[str]], None], explained: tuple[type[BaseException],
 
 
 def _told(error: BaseException) -> bool:
-    # Whether this is a ValueError that a `raise` of ours made: of JAX and NumPy, or by mistake, it needs its traceback.
-    if not isinstance(error, ValueError) or error.__traceback__ is None:
+    # Whether a `raise` of ours made this, of bad input or a missing extra: made by others, or by mistake, it needs its
+    # traceback.
+    if not isinstance(error, (ValueError, ImportError)) or error.__traceback__ is None:
         return False
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     ours = re.match(r"(lorajax|experiments|configs?_?|__main__)", frame.f_globals.get("__name__", ""))

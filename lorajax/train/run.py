@@ -96,7 +96,11 @@ class Run:
         path = self.folder / "config.json"
         self.resumed = path.exists()
         if self.resumed:
-            began = json.loads(path.read_text())
+            try:
+                began = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise RunError(f"{path} is no whole JSON ({error}): start anew with --no-resume, or under another name "
+                               f"or seed") from error
             self.changed = _compare(began, asked, {f"config.{key}" for key in ignore}, path)
         else:
             write_json(path, asked)
@@ -279,7 +283,7 @@ def _compare(began: Any, asked: Any, ignore: Collection[str], path: Path) -> lis
     lines = {key: f"{key}: {old.get(key, 'absent')!r} then, {new.get(key, 'absent')!r} now" for key in differ}
     fatal = [line for key, line in lines.items() if key.startswith(("config.", "fingerprints."))]
     if fatal:
-        way_out = "restore them to resume it, or start a new run (another name or seed, or fresh)"
+        way_out = "restore them to resume it, or start a new run (another name or seed, or --no-resume)"
         raise RunError("\n  ".join([f"{path} is of a run with other settings:", *fatal, way_out]))
     return list(lines.values())
 
