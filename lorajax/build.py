@@ -276,6 +276,8 @@ def total_steps(config: ConfigDict, per_epoch: int) -> int:
     """Optimizer steps of the run: `config.steps`, or where that is 0 `config.epochs`, in whole calls of
     `config.steps_per_call`."""
     steps = config.steps or config.epochs * per_epoch
+    if steps <= 0:
+        raise ConfigError(f"steps={config.steps} and epochs={config.epochs:g} leave nothing to train: give more than 0")
     return max(1, round(steps / config.steps_per_call)) * config.steps_per_call
 
 

@@ -208,6 +208,9 @@ def test_steps_come_in_whole_calls(files):
     assert build.total_steps(c, 8) == 20
     assert build.total_steps(c, 7) == 16  # 17.5, to the nearest multiple of 4
     assert build.total_steps(parse(files, "lora", "", "--config.epochs=0.01"), 8) == 1
+    for words in (["--config.epochs=0"], ["--config.steps=-1"]):
+        with pytest.raises(config.ConfigError, match="leave nothing to train"):
+            build.total_steps(parse(files, "lora", "", *words), 8)
     assert [build.every(*x) for x in ((0, 8, 4), (0, 7, 4), (10, 8, 4), (3, 8, 1))] == [8, 8, 12, 3]
 
 
