@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from core import jaxprs
 
 import lorajax as lj
 from lorajax.optim import freeze_ranks
@@ -36,7 +35,7 @@ def adapted(variant: Any) -> Any:
 @functools.cache
 def start(variant: Any) -> tuple[dict[str, Any], Any]:
     """(trainable, frozen) as `init` makes them."""
-    return jaxprs.jit(adapted(variant).init)(jax.random.key(0), PARAMS)
+    return jax.jit(adapted(variant).init)(jax.random.key(0), PARAMS)
 
 
 def noisy(trainable: Any, seed: int = 1) -> Any:
@@ -54,10 +53,10 @@ class Trainer:
         self.controller = make(self.adapt)
         self.tx = optax.chain(tx or optax.adamw(0.02, weight_decay=0.1), freeze_ranks(self.adapt.plan))
         trainable, self.frozen = start(variant)
-        begin = jaxprs.jit(lambda t: init_state(jax.random.key(1), t, self.tx, self.controller))
+        begin = jax.jit(lambda t: init_state(jax.random.key(1), t, self.tx, self.controller))
         self.state = begin(noisy(trainable))
         program = make_step(loss, self.adapt, self.tx, self.controller, **step).__wrapped__
-        self.step = jax.jit(program, donate_argnums=0, compiler_options=jaxprs.FAST)
+        self.step = jax.jit(program, donate_argnums=0)
 
     def run(self, steps: int, batch: Any = BATCH) -> Any:
         """The trainable partition after each step."""

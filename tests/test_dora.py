@@ -125,8 +125,8 @@ def test_output_and_gradients(name: str, detach: bool) -> None:
         out = lj.lift(model.fn, strict=True)(adapt.bind(trainable, frozen), model.x)
         return loss(out), out
 
-    (_, want), g = jaxprs.jit(jax.value_and_grad(plain, has_aux=True))(jnp.float32(new))
-    (_, got), ours = jaxprs.jit(jax.value_and_grad(lifted, has_aux=True))(trainable)
+    (_, want), g = jax.jit(jax.value_and_grad(plain, has_aux=True))(jnp.float32(new))
+    (_, got), ours = jax.jit(jax.value_and_grad(lifted, has_aux=True))(trainable)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(adapt.merge(trainable, frozen)["w"], new, rtol=1e-4, atol=1e-6)
     expected = gradients(w, a, b, m, s, np.asarray(g).reshape(model.matrix), detach)
@@ -152,15 +152,15 @@ def test_starts_as_exactly_the_identity_with_zero_columns_and_finite_gradients(n
         out = lj.lift(model.fn, strict=True)(adapt.bind(trainable, frozen), x)
         return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
 
-    for term in jaxprs.jit(adapt.bind)(trainable, frozen)["w"].terms:
+    for term in jax.jit(adapt.bind)(trainable, frozen)["w"].terms:
         np.testing.assert_array_equal(term.g.array, np.ones(term.g.array.shape))
     with jax.disable_jit():  # op by op: compiled together, a product and a sum may be rounded once
         np.testing.assert_array_equal(np.float32(lifted(trainable)[1]), np.float32(model.fn(params, x)))
     np.testing.assert_array_equal(np.float32(adapt.merge(trainable, frozen)["w"]), np.float32(params["w"]))
-    grads, _ = jaxprs.jit(jax.grad(lifted, has_aux=True))(trainable)
+    grads, _ = jax.jit(jax.grad(lifted, has_aux=True))(trainable)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, trainable, grads)
-    again = jaxprs.jit(jax.grad(lifted, has_aux=True))(moved)[0]
+    again = jax.jit(jax.grad(lifted, has_aux=True))(moved)[0]
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(again))
 
 

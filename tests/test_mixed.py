@@ -33,7 +33,7 @@ def model_of(name: str) -> Any:
     else:
         model = llama(name)
     params = golden.variables(model, jnp.asarray(IDS))
-    return model.apply, params, lj.sites(model.apply, params, IDS), jaxprs.jit(model.apply)
+    return model.apply, params, lj.sites(model.apply, params, IDS), jax.jit(model.apply)
 
 
 def llama(name: str) -> Llama:
@@ -59,15 +59,15 @@ def alone(name: str, adapt: Any, many: Any, frozen: Any, index: Any = INDEX) -> 
     """Each row of the batch by the plain model on the merged weights of its adapter."""
     apply, params, _, plain = model_of(name)
     if any(choice.routed for choice in adapt.plan.values() if isinstance(choice, lj.Variant)):
-        run = jaxprs.jit(lambda tr: lj.lift(apply)(adapt.bind(tr, frozen), IDS))
+        run = jax.jit(lambda tr: lj.lift(apply)(adapt.bind(tr, frozen), IDS))
     else:
-        merge = jaxprs.jit(lambda tr: adapt.merge(tr, frozen))
+        merge = jax.jit(lambda tr: adapt.merge(tr, frozen))
         run = lambda tr: plain(merge(tr), IDS)  # noqa: E731
     return [np.asarray(plain(params, IDS) if i < 0 else run(one(many, i)))[row] for row, i in enumerate(index)]
 
 
 def mixed(apply: Any) -> Any:
-    return jaxprs.jit(lambda bank, index, ids: lj.mixed(apply, strict=True)(bank, index, ids))
+    return jax.jit(lambda bank, index, ids: lj.mixed(apply, strict=True)(bank, index, ids))
 
 
 CASES: dict[str, Any] = {
@@ -90,8 +90,8 @@ def test_peft_golden() -> None:
         adapt = lj.adapt(sites, found.rules)
         trainable, frozen = peft.fill(found, *jax.jit(adapt.init)(jax.random.key(0), case.params))
         banks.append(lj.bank(adapt, jax.tree.map(lambda x: x[None], trainable), frozen))
-    run = jaxprs.jit(lambda bank, index: lj.mixed(case.model.apply, strict=True)(bank, index, **case.inputs))
-    bank = jaxprs.jit(lj.join)(banks)
+    run = jax.jit(lambda bank, index: lj.mixed(case.model.apply, strict=True)(bank, index, **case.inputs))
+    bank = jax.jit(lj.join)(banks)
     for names_of_rows, want in (
         (case.info["adapter_names"], "mixed"), ("aaaa", "a"), ("bbbb", "b"), (["__base__"] * 4, "base"),
     ):  # fmt: skip
@@ -131,7 +131,7 @@ def test_adapters_of_different_kinds_in_one_bank() -> None:
         banks.append(lj.bank(adapt, many, frozen, params=params))
         want.append(alone("llama scanned", adapt, many, frozen, [0] * 5))
     want.append([np.asarray(plain(params, IDS))[row] for row in range(5)])
-    bank, run = jaxprs.jit(lambda banks: lj.join([lj.join(banks[:2]), *banks[2:]]))(banks), mixed(apply)
+    bank, run = jax.jit(lambda banks: lj.join([lj.join(banks[:2]), *banks[2:]]))(banks), mixed(apply)
     for index in ([0, 1, 2, 3, -1], [3, -1, 1, 0, 2]):
         for row, i in enumerate(index):
             np.testing.assert_allclose(run(bank, np.array(index), IDS)[row], want[i][row], atol=1e-5, rtol=1e-5)
@@ -150,7 +150,7 @@ def test_gradients_of_each_adapter_are_those_of_its_rows_alone() -> None:
 
     program = jaxprs.trace(jax.grad(stream), many)
     grads = jaxprs.run(program, many)
-    single = jaxprs.jit(jax.grad(lambda tr, rows, i: (
+    single = jax.jit(jax.grad(lambda tr, rows, i: (
         jnp.where((rows == i)[:, None, None], jnp.sin(lj.lift(apply)(adapt.bind(tr, frozen), IDS)), 0).sum())))
     for i in range(4):
         want = single(one(many, i), INDEX, i)
@@ -182,9 +182,9 @@ def test_spans_of_tokens() -> None:
     many, frozen = several(adapt, params)
     index = np.array([[0, 1], [1, 2], [2, 0], [-1, 1], [0, 0]])
     spans = rng.integers(-1, 3, (5, 7))
-    run = jaxprs.jit(lambda bank, index, spans: lj.mixed(apply, strict=True)(bank, index, IDS, spans=spans))
+    run = jax.jit(lambda bank, index, spans: lj.mixed(apply, strict=True)(bank, index, IDS, spans=spans))
     got = np.asarray(run(lj.bank(adapt, many, frozen), index, spans))
-    plain, merge = jaxprs.jit(apply), jaxprs.jit(lambda tr: adapt.merge(tr, frozen))
+    plain, merge = jax.jit(apply), jax.jit(lambda tr: adapt.merge(tr, frozen))
     of = [np.asarray(plain(merge(one(many, i)) if i >= 0 else params, IDS)) for i in (0, 1, 2, -1)]
     for row in range(5):
         for t, span in enumerate(spans[row]):

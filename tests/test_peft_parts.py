@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_models
-from core import jaxprs
 from safetensors.numpy import load_file
 
 import lorajax as lj
@@ -73,7 +72,7 @@ def ours(base: Any, name: str, replication: Any = (), **overrides: Any) -> Any:
 
 
 def logits(model: Any, adapt: Any, trainable: Any, frozen: Any) -> np.ndarray:
-    run = jaxprs.jit(lambda tr: lj.lift(model.apply, strict=True)(adapt.bind(tr, frozen), IDS, jnp.ones_like(IDS)))
+    run = jax.jit(lambda tr: lj.lift(model.apply, strict=True)(adapt.bind(tr, frozen), IDS, jnp.ones_like(IDS)))
     return np.asarray(run(trainable))
 
 

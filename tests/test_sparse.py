@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from controlled import BATCH, PARAMS, Trainer, adapted, loss, noisy, start
-from core import jaxprs
 from safetensors.numpy import load_file
 
 import lorajax as lj
@@ -39,7 +38,7 @@ def test_the_largest_scores_stay() -> None:
     cases = list(itertools.product(("magnitude", "snip"), ("global", "local"), (0.1, 0.03, 1.0)))
     make = lambda t, g: [prune(adapt, t, d, score=x, scope=y, grads=g) for x, y, d in cases]  # noqa: E731
     values, slopes = arrays(trainable), arrays(grads)
-    for (score, scope, density), masks in zip(cases, jaxprs.jit(make)(trainable, grads), strict=True):
+    for (score, scope, density), masks in zip(cases, jax.jit(make)(trainable, grads), strict=True):
         scores = {k: np.abs(x * (slopes[k] if score == "snip" else 1)) for k, x in values.items()}
         if scope == "global":
             scores = {"all": np.concatenate([x.ravel() for x in scores.values()])}
@@ -59,7 +58,7 @@ def test_random_scores_are_of_the_seed() -> None:
     adapt, trainable = adapted(VARIANT), start(VARIANT)[0]
     settings = [(0.1, 0), (0.1, 0), (0.1, 1), (0.5, 0)]
     make = lambda t: [prune(adapt, t, density, score="random", seed=seed) for density, seed in settings]  # noqa: E731
-    one, two, other, half = jaxprs.jit(make)(trainable)
+    one, two, other, half = jax.jit(make)(trainable)
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
     assert sum(int(x.sum()) for x in jax.tree.leaves(one)) == int(0.1 * COUNT)
     assert not jax.tree.all(jax.tree.map(np.array_equal, one, other))
@@ -71,7 +70,7 @@ def test_the_draws_are_those_of_the_state() -> None:
     adapt, trainable = adapted(VARIANT), start(VARIANT)[0]
     one, two = (sparse(adapt, total_steps=4, density=0.25, score="random", start=0.25, seed=n) for n in (0, 1))
     state, tree = two.init(trainable), noisy(trainable)
-    found = [jaxprs.jit(c.update)(tree, tree, tree, s)[1].masks
+    found = [jax.jit(c.update)(tree, tree, tree, s)[1].masks
              for c, s in ((one, one.init(trainable)), (one, state), (two, state))]
     assert jax.tree.all(jax.tree.map(np.array_equal, found[1], found[2]))
     assert not jax.tree.all(jax.tree.map(np.array_equal, found[0], found[1]))
@@ -84,7 +83,7 @@ def test_b_at_zero_is_not_pruned_away(score: str) -> None:
     grads = noisy(jax.tree.map(jnp.zeros_like, trainable), 5)
     grads |= {path: grads[path]._replace(A=jnp.zeros_like(grads[path].A)) for path in ("stack", "wide")}
     assert not arrays(trainable)["wide0.B"].any()
-    got = arrays(jaxprs.jit(lambda t, g: prune(adapt, t, 0.25, score=score, grads=g))(trainable, grads))
+    got = arrays(jax.jit(lambda t, g: prune(adapt, t, 0.25, score=score, grads=g))(trainable, grads))
     for name, mask in got.items():
         assert mask.sum() == mask.size // 4, name
         if name.endswith("B") and score == "snip":
@@ -137,7 +136,7 @@ def test_one_shot_before_training(score: str) -> None:
 def test_masks_from_the_gradient_of_a_batch_before_training() -> None:
     """`make_gradients` -> `prune` -> `sparse(masks=...)`: SNIP in the paper's order, before any step."""
     trainer = Trainer(VARIANT, lambda a: sparse(a, total_steps=4, density=0.1))
-    found = jaxprs.jit(make_gradients(loss, trainer.adapt))(trainer.state, trainer.frozen, BATCH)
+    found = jax.jit(make_gradients(loss, trainer.adapt))(trainer.state, trainer.frozen, BATCH)
     masks = prune(trainer.adapt, trainer.state.trainable, 0.1, grads=found.grads)
     values, slopes = arrays(trainer.state.trainable), arrays(found.grads)
     everything = {name: np.abs(x * slopes[name]) for name, x in values.items()}
@@ -157,7 +156,7 @@ def test_zeros_neither_act_nor_get_gradient_before_the_first_update() -> None:
     merged = trainer.adapt.merge(trainer.state.trainable, trainer.frozen, masks=masks)
     a, b = (np.float64(x) * np.asarray(m) for x, m in zip(trainer.state.trainable["wide"], masks["wide"], strict=True))
     np.testing.assert_allclose(merged["wide"], PARAMS["wide"] + VARIANT.scale * a @ b, rtol=1e-5, atol=1e-5)
-    found = jaxprs.jit(make_gradients(loss, trainer.adapt, trainer.controller))(trainer.state, trainer.frozen, BATCH)
+    found = jax.jit(make_gradients(loss, trainer.adapt, trainer.controller))(trainer.state, trainer.frozen, BATCH)
     for name, mask in arrays(masks).items():
         assert not arrays(found.grads)[name][~mask].any()
 

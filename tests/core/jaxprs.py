@@ -61,12 +61,6 @@ def primitives(jaxpr: Any) -> list[str]:
     return [eqn.primitive.name for eqn in equations(jaxpr)]
 
 
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
-"""XLA options for programs of which only the values matter: they compile in half the time."""
-if jax.__version_info__ < (0, 11):
-    FAST["xla_cpu_use_fusion_emitters"] = False  # half again; later versions have no such option
-
-
 def trace(fn: Any, *args: Any) -> Any:
     """The jitted function traced: `.jaxpr`, and what `run` takes, from one trace."""
     return jax.jit(fn).trace(*args)
@@ -74,8 +68,4 @@ def trace(fn: Any, *args: Any) -> Any:
 
 def run(program: Any, *args: Any) -> Any:
     """Compiles a traced program and runs it."""
-    return jax.block_until_ready(program.lower().compile(compiler_options=FAST)(*args))
-
-
-def jit(fn: Any) -> Any:
-    return jax.jit(fn, compiler_options=FAST)
+    return jax.block_until_ready(program.lower().compile()(*args))

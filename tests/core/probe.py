@@ -18,7 +18,6 @@ import numpy as np
 
 from lorajax.core.variant import Factors, Leaf, Variant
 
-from . import jaxprs
 from .case import Weight
 
 
@@ -72,7 +71,7 @@ def name(keys: Any) -> str:
 
 def init(adapt: Any, params: Any, seed: int = 1) -> tuple[dict[str, Any], Any]:
     """(trainable, frozen) in one quickly compiled program."""
-    return jaxprs.jit(adapt.init)(jax.random.key(seed), params)
+    return jax.jit(adapt.init)(jax.random.key(seed), params)
 
 
 def leaves(tree: Any) -> dict[str, Any]:

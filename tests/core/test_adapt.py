@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import lorajax as lj
 from lorajax.core.variant import Variant
 
-from . import jaxprs, models_mesh, probe
+from . import models_mesh, probe
 from .case import normal
 from .models import CASES
 from .probe import Probe
@@ -34,8 +34,8 @@ def setup(name: str, variant: Variant | None = None) -> tuple[Any, ...]:
 
 
 def same_as_merged(fn: Any, adapt: Any, trainable: Any, frozen: Any, args: Any) -> None:
-    lifted = jaxprs.jit(lambda t, f: lj.lift(fn, strict=True)(adapt.bind(t, f), *args))(trainable, frozen)
-    assert probe.error(lifted, jaxprs.jit(lambda t, f: fn(adapt.merge(t, f), *args))(trainable, frozen)) <= 1e-5
+    lifted = jax.jit(lambda t, f: lj.lift(fn, strict=True)(adapt.bind(t, f), *args))(trainable, frozen)
+    assert probe.error(lifted, jax.jit(lambda t, f: fn(adapt.merge(t, f), *args))(trainable, frozen)) <= 1e-5
 
 
 def same(tree: Any, other: Any) -> None:
@@ -66,7 +66,7 @@ def test_merge_is_w_plus_sab(name: str):
     weights, params = CASES[name].weights, CASES[name].built.params
     adapt, _, frozen, _ = setup(name)
     trainable = probe.adapters(weights, params)
-    got = jaxprs.jit(adapt.merge)(trainable, frozen)
+    got = jax.jit(adapt.merge)(trainable, frozen)
     assert jax.tree.structure(got) == jax.tree.structure(params)
     want = probe.merged(weights, jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, trainable))
     assert probe.error(got, want) <= 1e-6
@@ -108,7 +108,7 @@ def test_the_base_is_immutable_and_comes_back_bit_for_bit():
     adapt, trainable, frozen, built = setup("control_scan")
     before = jax.tree.map(lambda x: np.array(x), built.params)
     same(frozen.base, probe.leaves(built.params))
-    grad = jaxprs.jit(jax.grad(
+    grad = jax.jit(jax.grad(
         lambda t: jnp.sum(lj.lift(built.fn, strict=True)(adapt.bind(t, frozen), *built.args) ** 2)))
     tx = optax.adam(1e-1)
     state = tx.init(trainable)
@@ -116,7 +116,7 @@ def test_the_base_is_immutable_and_comes_back_bit_for_bit():
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             updates, state = tx.update(grad(trainable), state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-    jaxprs.jit(adapt.merge)(trainable, frozen)
+    jax.jit(adapt.merge)(trainable, frozen)
     same(frozen.base, probe.leaves(before))
     same(built.params, before)
 
@@ -223,7 +223,7 @@ def test_init_on_sharded_parameters(jit: bool):
     specs = {"w": P(None, "data", "model"), "v": P("model", "data")}
     sharded = {path: jax.device_put(leaf, NamedSharding(mesh, specs[path])) for path, leaf in params.items()}
     adapt = lj.adapt(lj.sites(fn, sharded, *args), [(".*", Probe())])
-    trainable, frozen = (jaxprs.jit(adapt.init) if jit else adapt.init)(jax.random.key(1), sharded)
+    trainable, frozen = (jax.jit(adapt.init) if jit else adapt.init)(jax.random.key(1), sharded)
     assert probe.error((trainable, frozen), probe.init(adapt, params)) <= 1e-6
     for path, leaf in frozen.base.items():
         assert leaf.sharding.is_equivalent_to(sharded[path].sharding, leaf.ndim)
@@ -234,9 +234,9 @@ def test_masks_multiply_the_rank(name: str):
     """Rank 1 masked out equals columns cut off; a real mask multiplies A and B alike. Per layer of a stack."""
     adapt, trainable, frozen, built = setup(name)
     case = CASES[name]
-    merge = jaxprs.jit(lambda m: adapt.merge(trainable, frozen, masks=m))
-    run = jaxprs.jit(lambda m: lj.lift(built.fn, strict=True)(adapt.bind(trainable, frozen, masks=m), *built.args))
-    ref = jaxprs.jit(lambda params: built.fn(params, *built.args))
+    merge = jax.jit(lambda m: adapt.merge(trainable, frozen, masks=m))
+    run = jax.jit(lambda m: lj.lift(built.fn, strict=True)(adapt.bind(trainable, frozen, masks=m), *built.args))
+    ref = jax.jit(lambda params: built.fn(params, *built.args))
     params = jax.tree.map(np.asarray, built.params)
     for values in (np.array([1, 0, 1], np.float32), np.array([0.5, 2.0, -1.0], np.float32)):
         masks = {}
@@ -253,8 +253,8 @@ def test_masks_multiply_the_rank(name: str):
 def test_masks_of_some_sites_leave_the_others():
     adapt, trainable, frozen, built = setup("linen_attention")
     path = "params/value/kernel"
-    masked = jaxprs.jit(lambda m: adapt.merge(trainable, frozen, masks={path: m}))(jnp.zeros(3))
-    want = jaxprs.jit(adapt.merge)(trainable, frozen)
+    masked = jax.jit(lambda m: adapt.merge(trainable, frozen, masks={path: m}))(jnp.zeros(3))
+    want = jax.jit(adapt.merge)(trainable, frozen)
     want["params"]["value"]["kernel"] = built.params["params"]["value"]["kernel"]
     assert probe.error(masked, want) <= 1e-6
 

@@ -14,7 +14,7 @@ import pytest
 import lorajax as lj
 from lorajax.core.variant import Factors, Leaf, Variant
 
-from . import jaxprs, probe
+from . import probe
 from .models import CASES
 from .probe import Probe
 from .test_adapt import same_as_merged, setup
@@ -71,7 +71,7 @@ def test_frozen_leaves_of_an_adapter_are_on_the_frozen_side():
         assert frozen.aux[path].g is None
         assert frozen.aux[path].fixed.shape == adapter.g.shape
         assert adapt.labels[path] == ScaleAdapter("gate", None)
-    merged = probe.leaves(jaxprs.jit(adapt.merge)(trainable, frozen))
+    merged = probe.leaves(jax.jit(adapt.merge)(trainable, frozen))
     for path, weight in CASES["linen_scan"].weights.items():
         w = np.asarray(probe.leaves(built.params)[path])
         shape = [n if i in weight.stack_axes + weight.out_axes else 1 for i, n in enumerate(w.shape)]

@@ -63,7 +63,7 @@ def programs() -> dict[str, Any]:
 
 
 def flops(program: Any) -> float:
-    analysis = program.lower().compile(compiler_options=jaxprs.FAST).cost_analysis()
+    analysis = program.lower().compile().cost_analysis()
     return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
 
 

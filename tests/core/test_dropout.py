@@ -17,7 +17,7 @@ import lorajax as lj
 from lorajax.core.bound import dense, is_bound
 from lorajax.core.variant import Factors, Leaf, Variant
 
-from . import jaxprs, probe
+from . import probe
 from .case import normal
 from .models import CASES
 from .probe import Probe
@@ -43,7 +43,7 @@ def dropping(fn: Callable[..., Any], rate: float, params: Any, x: jax.Array, ran
     def lifted(t: Any, key: Any) -> Any:
         return lj.lift(fn, strict=True)(adapt.bind(t, frozen, key=key), x)
 
-    return jaxprs.jit(partial(lifted, trainable)), lifted, trainable
+    return jax.jit(partial(lifted, trainable)), lifted, trainable
 
 
 STACKED = {"w": normal(4, 8, 8, scale=0.4)}
@@ -75,7 +75,7 @@ def test_dropout_is_the_same_in_a_loop_a_scan_and_a_rematerialised_scan():
     for fn in LOOPS.values():
         _, lifted, trainable = dropping(fn, 0.5, STACKED, ROWS)
         loss = jax.value_and_grad(lambda t, key, f=lifted: weighted(f(t, key)))
-        results.append(jaxprs.jit(loss)(trainable, jax.random.key(7)))
+        results.append(jax.jit(loss)(trainable, jax.random.key(7)))
     assert probe.error(results[1], results[0]) <= 1e-5
     assert probe.error(results[2], results[0]) <= 1e-5
 
@@ -91,7 +91,7 @@ def test_dropout_differs_between_sites_and_between_layers_of_a_stack():
     trainable, frozen = probe.init(adapt, params)
     trainable["v"] = trainable["u"]
     trainable["stack"] = jax.tree.map(lambda x: jnp.tile(x, (3, 1, 1)), trainable["u"])
-    lifted = jaxprs.jit(lambda key: lj.lift(fn, strict=True)(adapt.bind(trainable, frozen, key=key), ROWS))
+    lifted = jax.jit(lambda key: lj.lift(fn, strict=True)(adapt.bind(trainable, frozen, key=key), ROWS))
     for y in (plain := lifted(None)):
         assert probe.error(y, plain[0]) <= 1e-5
     outputs = lifted(jax.random.key(3))
@@ -109,7 +109,7 @@ def test_dropout_keeps_the_expectation_and_the_base_branch():
     params, x, rate = {"w": normal(8, 12)}, normal(2, 8, seed=3), 0.25
     _, lifted, trainable = dropping(fn, rate, params, x, rank=8)
     keys = jax.random.split(jax.random.key(0), 4096)
-    samples = np.asarray(jaxprs.jit(jax.vmap(partial(lifted, trainable)))(keys), np.float64)
+    samples = np.asarray(jax.jit(jax.vmap(partial(lifted, trainable)))(keys), np.float64)
     a, b = (np.asarray(v, np.float64) for v in trainable["w"])
     ab, w, x = a @ b * 0.5, np.asarray(params["w"], np.float64), np.asarray(x, np.float64)
     spread = np.sqrt(rate / (1 - rate) * (x**2) @ (ab**2))  # of an inverted-dropout sum
@@ -143,7 +143,7 @@ def test_rank_dropout_drops_components_of_the_update_and_keeps_the_mean():
     the mean are within five standard errors of the truth."""
     params, x, rate, rank = {"w": normal(8, 12)}, jnp.eye(8), 0.25, 4
     lifted, trainable = bound(linear, Probe(rank, rank_dropout=rate), params, x)
-    samples = np.asarray(jaxprs.jit(jax.vmap(partial(lifted, trainable)))(
+    samples = np.asarray(jax.jit(jax.vmap(partial(lifted, trainable)))(
         jax.random.split(jax.random.key(0), 2048)), np.float64)
     a, b = (np.asarray(v, np.float64) for v in trainable["w"])
     parts = 0.5 * np.einsum("ir,ro->rio", a, b)
@@ -199,7 +199,7 @@ def test_module_dropout_leaves_the_whole_adapter_out(make: Any):
     """Each draw is x W or x W', nothing between: scales of the weight, and updates without factors, go too."""
     params, x = {"w": normal(8, 12)}, normal(2, 8)
     lifted, trainable = bound(linear, make(module_dropout=0.4), params, x)
-    outputs = jaxprs.jit(jax.vmap(partial(lifted, trainable)))(jax.random.split(jax.random.key(1), 512))
+    outputs = jax.jit(jax.vmap(partial(lifted, trainable)))(jax.random.split(jax.random.key(1), 512))
     with_, without = lifted(trainable, None), x @ params["w"]
     assert probe.error(with_, without) > 0.1
     skipped = np.array([probe.error(y, without) < 1e-5 for y in outputs])
@@ -213,7 +213,7 @@ def test_drops_are_functions_of_the_key_alike_in_a_loop_and_a_scan(option: str):
     results = []
     for name in ("python", "scan"):
         lifted, trainable = bound(LOOPS[name], Probe(**{option: 0.5}), STACKED, ROWS)
-        draw = jaxprs.jit(partial(lifted, trainable))
+        draw = jax.jit(partial(lifted, trainable))
         results.append([draw(None), *[draw(jax.random.key(i)) for i in (0, 0, 1, 2)]])
     assert probe.error(results[1], results[0]) <= 1e-5
     off, first, again, *others = results[0]
@@ -231,7 +231,7 @@ def test_unit_dropout_drops_rows_of_a_and_columns_of_b():
     """Each draw is W + D_in A B D_out / (1 - p)^2, D_in and D_out diagonal zeros and ones with a share p of zeros."""
     params, x, rate = {"w": normal(8, 12)}, jnp.eye(8), 0.25
     lifted, trainable = bound(linear, Probe(3, unit_dropout=rate), params, x)
-    samples = np.asarray(jaxprs.jit(jax.vmap(partial(lifted, trainable)))(
+    samples = np.asarray(jax.jit(jax.vmap(partial(lifted, trainable)))(
         jax.random.split(jax.random.key(0), 512)), np.float64)
     a, b = (np.asarray(v, np.float64) for v in trainable["w"])
     kept = (samples - np.asarray(params["w"], np.float64)) / (0.5 * a @ b) * (1 - rate)**2
@@ -249,7 +249,7 @@ def test_unit_dropout_on_other_weights_merges_to_the_same(name: str):
     adapt = lj.adapt(lj.sites(fn, params, *args), [(".*kernel", Probe(unit_dropout=0.4))])
     bound = adapt.bind(*probe.init(adapt, params), key=jax.random.key(2))
     merged = jax.tree.map(lambda w: dense(w) if is_bound(w) else w, bound, is_leaf=is_bound)
-    assert probe.error(jaxprs.jit(lj.lift(fn, strict=True))(bound, *args), jaxprs.jit(fn)(merged, *args)) <= 1e-4
+    assert probe.error(jax.jit(lj.lift(fn, strict=True))(bound, *args), jax.jit(fn)(merged, *args)) <= 1e-4
 
 
 def bound(fn: Callable[..., Any], variant: Variant, params: Any, x: jax.Array) -> tuple[Any, Any]:

@@ -55,7 +55,7 @@ def prepared(case: Case) -> tuple[Built, Any, Any, Any]:
     """(built, adapt, trainable, frozen) with every weight of the table adapted by random factors."""
     built = case.built
     adapt = lj.adapt(lj.sites(built.fn, built.params, *built.args), probe.rules(case.weights))
-    frozen = jaxprs.jit(lambda params: adapt.init(jax.random.key(0), params)[1])(built.params)
+    frozen = jax.jit(lambda params: adapt.init(jax.random.key(0), params)[1])(built.params)
     return built, adapt, probe.adapters(case.weights, built.params), frozen
 
 
@@ -82,7 +82,7 @@ def check(case: Case, got: Any, want: Any, trainable: Any, frozen: Any) -> None:
         return
     assert jax.tree.map(lambda leaf: leaf.dtype, out) == jax.tree.map(lambda leaf: leaf.dtype, out_ref)
     exact = objective(lambda t, p, *a: built.exact(probe.merged(case.weights, p, t), *a), case)
-    out_exact, grad_exact = jaxprs.jit(exact)(trainable, built.params, *built.args)
+    out_exact, grad_exact = jax.jit(exact)(trainable, built.params, *built.args)
     assert probe.error(out, out_exact) <= 2 * probe.error(out_ref, out_exact)
     assert probe.error(grad, grad_exact) <= 2 * probe.error(grad_ref, grad_exact)
 
@@ -126,6 +126,6 @@ def test_strict_refuses_fallback(case: Case):
 def test_unbound_parameters_give_the_function_itself(name: str):
     """No adapter bound: bit for bit the plain function."""
     fn, params, args, _ = CASES[name].built
-    out, base = jaxprs.jit(lj.lift(fn, strict=True))(params, *args), jaxprs.jit(fn)(params, *args)
+    out, base = jax.jit(lj.lift(fn, strict=True))(params, *args), jax.jit(fn)(params, *args)
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(base), strict=True):
         np.testing.assert_array_equal(x, y)

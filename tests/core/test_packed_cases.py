@@ -9,7 +9,7 @@ import pytest
 import lorajax as lj
 from lorajax import quant
 
-from . import jaxprs, probe
+from . import probe
 from .models import Case
 from .test_lift_cases import FACTORED, objective
 
@@ -33,7 +33,7 @@ def test_a_quantised_base_is_its_dense_form(case: Case):
         frozen = adapt.frozen(packed, {})
         dense = adapt.frozen(jax.tree.map(lj.core.packed.unpacked, packed, is_leaf=lj.core.packed.is_packed), {})
         lifted = lj.lift(built.fn, strict=True)
-        run = jaxprs.jit(objective(lambda t, f, *a: lifted(adapt.bind(t, f), *a), case))
+        run = jax.jit(objective(lambda t, f, *a: lifted(adapt.bind(t, f), *a), case))
         got, want = (run(trainable, base, *built.args) for base in (frozen, dense))
         exact = built.exact is None
         assert probe.error(got[0], want[0]) <= (1e-5 if exact else 0.02)

@@ -53,7 +53,7 @@ def test_barriers_are_kept():
     lifted, trainable = adapted(lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))), params, X)
     assert "optimization_barrier" in jaxprs.primitives(jax.make_jaxpr(lifted)(trainable))
     want = X @ probe.merged({"w": Weight()}, params, trainable)["w"]
-    assert probe.error(jaxprs.jit(lifted)(trainable), want) <= 1e-5
+    assert probe.error(jax.jit(lifted)(trainable), want) <= 1e-5
 
 
 def test_names_and_source_lines_are_kept():
@@ -146,7 +146,7 @@ def test_identical_jitted_layers_stay_one_function():
 def test_a_fallback_warns_once_under_jit():
     """However often the compiled function runs."""
     lifted, trainable = adapted(lambda p, x: (x @ p["w"], jnp.cumsum(p["w"], 1)), {"w": normal(8, 12)}, X, strict=False)
-    step = jaxprs.jit(jax.grad(lambda t: weighted(lifted(t))))
+    step = jax.jit(jax.grad(lambda t: weighted(lifted(t))))
     with pytest.warns(lj.MaterialisedWeight, match=r"w: .*cumsum") as caught:
         step(step(trainable))
     assert len(caught) == 1
@@ -160,7 +160,7 @@ def specs(path: str, ndim: int) -> P:
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Any:
-    return jax.jit(fn).lower(*args).compile(compiler_options=jaxprs.FAST)
+    return jax.jit(fn).lower(*args).compile()
 
 
 def test_jit_on_a_mesh():
@@ -176,12 +176,12 @@ def test_jit_on_a_mesh():
         lambda path, leaf: put(leaf, specs(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)), params)
     adapt = lj.adapt(lj.sites(fn, params, x, x), probe.rules(case.weights))
     trainable, frozen = probe.init(adapt, params)
-    trainable_sharded, frozen_sharded = jaxprs.jit(adapt.init)(jax.random.key(1), sharded)
+    trainable_sharded, frozen_sharded = jax.jit(adapt.init)(jax.random.key(1), sharded)
 
     def loss(t, f, x):
         return weighted(lj.lift(fn, strict=True)(adapt.bind(t, f), x, x))
 
-    want = jaxprs.jit(jax.value_and_grad(loss))(trainable, frozen, x)
+    want = jax.jit(jax.value_and_grad(loss))(trainable, frozen, x)
     rows = put(x, P("data"))
     program = compiled(jax.value_and_grad(loss), trainable_sharded, frozen_sharded, rows)
     assert probe.error(program(trainable_sharded, frozen_sharded, rows), want) <= 1e-4

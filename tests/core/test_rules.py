@@ -11,7 +11,7 @@ import pytest
 
 import lorajax as lj
 
-from . import jaxprs, probe
+from . import probe
 from .case import normal
 from .models import CASES
 from .probe import Probe
@@ -94,7 +94,7 @@ def test_rank_and_scale_per_path_are_rules(sites: Any):
     trainable, frozen = probe.init(adapt, PARAMS)
     assert trainable[QUERY[0]].a.shape == (8, 1)
     assert trainable[QUERY[1]].a.shape == (8, 4)
-    merged = jaxprs.jit(adapt.merge)(trainable, frozen)
+    merged = jax.jit(adapt.merge)(trainable, frozen)
     for i, scale in enumerate((2.0, 0.25)):
         a, b = trainable[VALUE[i]]
         want = PARAMS["encoder"][i]["value"]["kernel"] + scale * a @ b

@@ -187,8 +187,8 @@ def test_many_adapters_read_one_projection_under_vmap():
     def loss(own: Any) -> jax.Array:
         return lj.lift(scanned, strict=True)(adapt.bind({**own, **a}, frozen), X)
 
-    got = jaxprs.jit(jax.vmap(loss))(several)
-    one = jaxprs.jit(loss)
+    got = jax.jit(jax.vmap(loss))(several)
+    one = jax.jit(loss)
     want = [one(jax.tree.map(lambda x, i=i: x[i], several)) for i in (0, 1)]
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert abs(got[0] - got[1]) > 0.01 * abs(got[0])

@@ -62,12 +62,12 @@ def square(f: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def agree(f: Callable[..., Any], ref: Callable[..., Any], *args: Any, tol: float) -> None:
-    assert probe.error(jaxprs.jit(f)(*args), jaxprs.jit(ref)(*args)) <= tol
+    assert probe.error(jax.jit(f)(*args), jax.jit(ref)(*args)) <= tol
 
 
 def test_eager_equals_jit():
     m = setup("control_scan")
-    assert probe.error(m.f(m.trainable, *m.args), jaxprs.jit(m.f)(m.trainable, *m.args)) <= 1e-6
+    assert probe.error(m.f(m.trainable, *m.args), jax.jit(m.f)(m.trainable, *m.args)) <= 1e-6
 
 
 def test_eval_shape_needs_no_arrays(model: Setup):
@@ -127,7 +127,7 @@ def test_vmap_over_adapters_does_not_replicate_the_base(name: str):
 
     assert found(jaxprs.trace(run(m.ref), many).jaxpr), "merged weights are K copies: the search has teeth"
     assert found(program.jaxpr) == []
-    assert probe.error(jaxprs.run(program, many), jaxprs.jit(run(m.ref))(many)) <= 1e-4
+    assert probe.error(jaxprs.run(program, many), jax.jit(run(m.ref))(many)) <= 1e-4
 
 
 def test_each_row_of_a_batch_picks_its_adapter():
@@ -140,8 +140,8 @@ def test_each_row_of_a_batch_picks_its_adapter():
     def rows(f):
         return jax.vmap(lambda i, *row: f(pick(many, i), *[r[None] for r in row])[0])(index, *m.args)
 
-    got = jaxprs.jit(lambda: rows(m.f))()
-    ref = jaxprs.jit(m.ref)
+    got = jax.jit(lambda: rows(m.f))()
+    ref = jax.jit(m.ref)
     for row, i in enumerate(index.tolist()):
         want = ref(pick(many, i), *[a[row:row + 1] for a in m.args])[0]
         assert probe.error(got[row], want) <= 1e-5
@@ -166,7 +166,7 @@ def test_two_adapters_add_up_on_one_base(name: str):
 
     program = jaxprs.trace(jax.value_and_grad(lifted, (0, 1)), t1, t2)
     assert jaxprs.weight_shaped(program.jaxpr, case.weights, probe.leaves(params)) == []
-    assert probe.error(jaxprs.run(program, t1, t2), jaxprs.jit(jax.value_and_grad(ref, (0, 1)))(t1, t2)) <= 1e-4
+    assert probe.error(jaxprs.run(program, t1, t2), jax.jit(jax.value_and_grad(ref, (0, 1)))(t1, t2)) <= 1e-4
 
 
 def test_the_function_keeps_its_name_and_docstring():
@@ -187,13 +187,13 @@ def test_bound_trees_are_arguments_like_any_other():
     def call(*, params, x):
         return fn(params, x)
 
-    ref = jaxprs.jit(lambda p: (fn(p, x), fn(p, -x)))(probe.merged(case.weights, params, trainable))
-    for got in (jaxprs.jit(lj.lift(fn, strict=True))(bound, x),
-                jaxprs.jit(lj.lift(call, strict=True))(x=x, params=bound),
-                jaxprs.jit(lj.lift(jax.jit(fn), strict=True))(bound, x)):
+    ref = jax.jit(lambda p: (fn(p, x), fn(p, -x)))(probe.merged(case.weights, params, trainable))
+    for got in (jax.jit(lj.lift(fn, strict=True))(bound, x),
+                jax.jit(lj.lift(call, strict=True))(x=x, params=bound),
+                jax.jit(lj.lift(jax.jit(fn), strict=True))(bound, x)):
         assert probe.error(got, ref[0]) <= 1e-5
     for many in (jax.vmap(lj.lift(fn, strict=True), (None, 0)), lj.lift(jax.vmap(fn, (None, 0)), strict=True)):
-        got = jaxprs.jit(many)(bound, xs)
+        got = jax.jit(many)(bound, xs)
         for i in range(2):
             assert probe.error(jax.tree.map(lambda y, i=i: y[i], got), ref[i]) <= 1e-5
 
@@ -201,6 +201,6 @@ def test_bound_trees_are_arguments_like_any_other():
 def test_lifted_functions_nest():
     """A lifted function inside another traced function with its own bound tree."""
     m = setup("control_scan")
-    outer = jaxprs.jit(lambda t, x: m.f(t, m.f(t, x)))
-    ref = jaxprs.jit(lambda t, x: m.ref(t, m.ref(t, x)))
+    outer = jax.jit(lambda t, x: m.f(t, m.f(t, x)))
+    ref = jax.jit(lambda t, x: m.ref(t, m.ref(t, x)))
     assert probe.error(outer(m.trainable, *m.args), ref(m.trainable, *m.args)) <= 1e-5
