@@ -9,10 +9,11 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ["01_one_matrix", "02_compare_variants", "03_adalora_budget", "04_dylora_ranks", "05_your_own_variant",
          "06_any_model"]  # fmt: skip
+ALL = [*NAMES, "07_compose"]  # test_compose_runs.py runs that one
 
 
 def test_all_are_here() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == NAMES
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == ALL
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,7 +28,7 @@ def test_it_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib.pyplot.close("all")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_it_reads_as_cells(name: str) -> None:
     source = (FOLDER / f"{name}.py").read_text()
     cells = re.split(r"^# %%", source, flags=re.MULTILINE)[1:]

@@ -86,7 +86,7 @@ def by_peft(c: Any, task: data.Task, folder: str, base: Path, batches: Any, tota
     import transformers
 
     torch.manual_seed(c.seed)  # nothing is drawn: every start is in the folder
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=task.outputs, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         classifier_dropout=0.0, attn_implementation="eager", dtype=torch.float32,
     )  # fmt: skip
