@@ -350,3 +350,10 @@ def test_a_start_from_the_quantisation_says_what_it_needs() -> None:
     adapt.init(jax.random.key(0), base, stats)
     with pytest.raises(ValueError, match="up .*hold it as it was before: pass the params that quant.plan"):
         adapt.init(jax.random.key(0), params(), stats)
+
+
+@pytest.mark.parametrize("start", ["loftq", "qpissa"])
+def test_a_start_that_never_quantises_is_refused(start: str) -> None:
+    made = lj.variants.INITIALIZERS[start](iterations=0)
+    with pytest.raises(ValueError, match=f"iterations=0: {type(made).__name__} quantises at least once"):
+        lj.LoRA(rank=2, initializer=made).check(8, 8)

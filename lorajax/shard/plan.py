@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lorajax.core.adapt import Adapt
 from lorajax.core.sites import Site
+from lorajax.core.variant import Full
 from lorajax.shard.follow import adapter_specs, state_specs
 from lorajax.shard.rules import Rule, specs, ways
 
@@ -59,10 +60,10 @@ def flops(adapt: Adapt, tokens: int, again: bool = False) -> float:
     total = 0.0
     for path, site in adapt.sites.items():
         if _multiplies(site):
-            trained = type(adapt.plan.get(path)).__name__ == "Full"
+            trained = isinstance(adapt.plan.get(path), Full)
             total += 2.0 * tokens * math.prod(site.shape) * (2 + trained + again)
-    extra = [x for path, arrays in adapt.shapes[0].items() if path in adapt.sites and type(adapt.plan[path]).__name__
-             != "Full" for x in jax.tree.leaves(arrays)]
+    extra = [x for path, arrays in adapt.shapes[0].items() if path in adapt.sites
+             and not isinstance(adapt.plan[path], Full) for x in jax.tree.leaves(arrays)]
     return total + sum(2.0 * tokens * math.prod(x.shape) * (3 + again) for x in extra if len(x.shape) > 1)
 
 

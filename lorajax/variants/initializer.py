@@ -159,3 +159,31 @@ def split(u: jax.Array, values: jax.Array, vt: jax.Array, s: Any) -> tuple[jax.A
     """(A, B) = (u sqrt(values/s), sqrt(values/s) vt), so that ``s A B = u diag(values) vt``."""
     root = jnp.sqrt(values / s)
     return u * root[None, :], root[:, None] * vt
+
+
+@dataclass(frozen=True)
+class WithQuantization(Initializer):
+    """A start whose A and B are made together with the quantised base, by `lorajax.quant.plan(...).start`.
+
+    iterations: T, how often the weight is quantised.
+    """
+
+    iterations: int = 5
+
+    @abc.abstractmethod
+    def before_quantizing(self, w: jax.Array, rank: int, s: Any, rounded: Rounded) -> tuple[jax.Array, Pair]:
+        """What to quantise, and A and B."""
+
+    def statistic(self, rank: int) -> Statistic:
+        """A and B, made when the weight is quantised."""
+        return quantization(rank)
+
+    def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+        """Those."""
+        return stats.A, stats.B
+
+    def check(self, rank: int, n_in: int, n_out: int) -> None:
+        """Raises ValueError for fewer than one iteration."""
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations}: {type(self).__name__} quantises at least once; the "
+                             f"paper's code does 5")
