@@ -119,6 +119,26 @@ def test_both_sides_compute_the_same(row: str) -> None:
 
 
 @pytest.mark.peft
+def test_both_sides_read_a_checkpoint(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
+    torch.set_num_threads(1)
+    from safetensors.torch import save_file
+
+    from experiments.bench import theirs
+
+    work, file = ROWS["tiny_bert"], tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    encoder = theirs.build(work, "eager", "cpu").base_model.model.bert
+    save_file({name.replace(".base_layer", ""): 0.3 * torch.randn(x.shape) + 0.1
+               for name, x in encoder.state_dict().items() if "lora_" not in name}, file)  # fmt: skip
+    mine, _ = ours.measure(work, "", 1, file)
+    peft = theirs.prepare(work, "eager", "cpu", file)
+    np.testing.assert_allclose(mine["losses"], peft.start["losses"], rtol=1e-5)
+    assert abs(mine["losses"][0] - ours.measure(work, "", 1)[0]["losses"][0]) > 1e-4  # not those drawn
+    assert ROWS["minilm"].checkpoint(tmp_path) == file and ROWS["bert"].checkpoint(tmp_path) is None
+
+
+@pytest.mark.peft
 def test_the_limit_counts_the_products_of_a_layer() -> None:
     pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
     from experiments.bench.limit import products

@@ -12,6 +12,7 @@ import resource
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from experiments.bench.setting import setting
 from experiments.bench.work import ALPHA, RATE, ROWS, Work
 from lorajax import config, language, optim, quant
 from lorajax.data import TASKS
+from lorajax.io.tensors import read_tensors
 from lorajax.models import adapter_names, model_from_hf
 from lorajax.shard.placement import LOCAL
 from lorajax.train.step import init_state, make_step
@@ -47,7 +49,7 @@ class Parts(NamedTuple):
     adapt: Any
 
 
-def build(work: Work, attention: str = "", steps_per_call: int = 1) -> Parts:
+def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path | None = None) -> Parts:
     dtype: Any = jnp.float32 if work.device == "cpu" else jnp.bfloat16
     how = {"dtype": dtype, "param_dtype": dtype, "remat": "full" if work.remat else "none"}
     how |= {"attention": attention} if attention else {}
@@ -70,11 +72,13 @@ def build(work: Work, attention: str = "", steps_per_call: int = 1) -> Parts:
     rules += [(".*" if work.method == "full" else work.targets, methods[work.method])]
     adapt = lj.adapt(sites, rules, dtype=dtype if work.method == "full" else jnp.float32)
 
-    names = adapter_names(net.config)
+    names, real = adapter_names(net.config), read_tensors(file)[0] if file else {}
     place = quant.plan(sites, [("all-linear", quant.NF4() if work.method == "nf4" else None)]).place
 
     def tensor(path: str, like: Any) -> Any:
         name, flip = names[path].names[0], names[path].form == "linear"
+        if (x := real.get(name.removeprefix("bert."))) is not None:
+            return jnp.asarray(x.T if flip else x, dtype)
         if shared.kind(name, like.ndim) == "ones":
             return jnp.ones(like.shape, dtype)
         return place(path, drawn(name, like.shape[::-1] if flip else like.shape, flip, dtype))
@@ -114,12 +118,12 @@ def _drawn(seed: jax.Array, shape: tuple[int, ...], transposed: bool, dtype: Any
     return x.T if transposed else x
 
 
-def measure(work: Work, how: str, blocks: int) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+def measure(work: Work, how: str, blocks: int, file: Path | None = None) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
     """What is told of this way to run the step, and what says where its time goes."""
     run, _, compiler = how.partition("+")
     attention, _, steps = run.partition(":")
     steps_per_call = int(steps or 1)
-    step, state, frozen, batch, trained, *_ = build(work, attention, steps_per_call)
+    step, state, frozen, batch, trained, *_ = build(work, attention, steps_per_call, file)
     began = time.perf_counter()
     compiled: Any = step.lower(state, frozen, batch).compile(compiler_options=COMPILERS[compiler])
     compile_seconds = time.perf_counter() - began
@@ -147,11 +151,12 @@ def measure(work: Work, how: str, blocks: int) -> tuple[dict[str, Any], Callable
 def main(argv: list[str] | None = None) -> None:
     o = shared.options(__doc__, argv)
     hows, failed = list(ROWS[o.row].ours if o.how is None else o.how), 0
+    file = ROWS[o.row].checkpoint(o.weights)
     for how in hows:
         begun, profile = time.perf_counter(), None
-        line = {"side": "lorajax", "how": how, "setting": setting()}
+        line = {"side": "lorajax", "how": how, "checkpoint": file is not None, "setting": setting()}
         try:
-            found, profile = measure(ROWS[o.row], how, o.blocks)
+            found, profile = measure(ROWS[o.row], how, o.blocks, file)
             shared.tell(o, line | found | {"seconds": time.perf_counter() - begun})
             if how == hows[0] or failed:
                 shared.tell(o, line | {"profile": profile()})

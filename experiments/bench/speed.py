@@ -48,7 +48,7 @@ def start(job: Job, o: argparse.Namespace, log: Any) -> subprocess.Popen[Any]:
     # Its imports are done while the one before it runs; it begins when it is told.
     row = job.row
     command = [o.peft_python if job.side == "theirs" else sys.executable, "-m", f"experiments.bench.{job.side}", row,
-               "--wait", f"--blocks={o.blocks}", f"--file={o.json.with_suffix('.lines')}", "--how", *job.hows]
+               "--wait", *([f"--weights={o.weights.resolve()}"] if o.weights else []), f"--blocks={o.blocks}", f"--file={o.json.with_suffix('.lines')}", "--how", *job.hows]
     env = {"XLA_FLAGS": XLA_FLAGS if ROWS[row].device == "cuda" else "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
            "JAX_PLATFORMS": ROWS[row].device, "PYTHONUNBUFFERED": "1", **os.environ}  # fmt: skip
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -116,7 +116,8 @@ def summary(name: str, work: Work, lines: Lines) -> dict[str, Any]:
         return format(a / b, form) if a and b else "-"
 
     return {
-        "work": f"{name}: {work.shape}, {work.rows} x {work.tokens}",
+        "work": f"{name}: {work.shape}{', its weights' * any(x.get('checkpoint', False) for x in mine)}, "
+                f"{work.rows} x {work.tokens}",
         "PEFT eager, ms": shown(eager), "PEFT best, ms": shown(best, named=True),
         "lorajax, ms": shown(own, named=len(work.ours) > 1),
         "PEFT / lorajax": over(best and best["ms"], own and own["ms"]), "goal": f"{work.goal:g}" if peft else "-",
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--each", type=float, default=600, help="seconds for one side of a row")
     parser.add_argument("--peft-python", default=sys.executable, help="the interpreter that has PyTorch and PEFT")
+    parser.add_argument("--weights", type=Path, help="a Hugging Face folder of MiniLM, for the rows of its shape")
     parser.add_argument("--json", type=Path, default=Path("speed.json"), help="the numbers; beside it lines and a log")
     parser.add_argument("--into", type=Path, help="a document with the markers of a section `speed`")
     o = parser.parse_args(argv)

@@ -13,11 +13,13 @@ import resource
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from experiments.bench import work as shared
 from experiments.bench.limit import limit
@@ -26,14 +28,14 @@ from experiments.bench.work import ALPHA, RATE, ROWS, Work
 CHUNK = 1 << 24
 
 
-def build(work: Work, how: str, device: str) -> Any:
+def build(work: Work, how: str, device: str, file: Path | None = None) -> Any:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     settings = dict(work.config)
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     auto = "AutoModelForCausalLM" if work.decoder else "AutoModelForSequenceClassification"
     with torch.device(device):
         model = getattr(transformers, auto).from_config(config, dtype=dtype, attn_implementation="sdpa")
-    fill(model)
+    fill(model, load_file(file) if file else {})
     if work.method != "full":
         qv = ["q_proj", "v_proj"] if work.decoder else ["query", "value"]
         wanted = peft.LoraConfig(
@@ -41,7 +43,7 @@ def build(work: Work, how: str, device: str) -> Any:
             use_dora=work.method == "dora", task_type="CAUSAL_LM" if work.decoder else "SEQ_CLS",
         )  # fmt: skip
         model = peft.get_peft_model(model, wanted, autocast_adapter_dtype=how == "amp")
-        fill(model, only="lora_")
+        fill(model, {}, only="lora_")
     model.train()
     if work.remat:
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the newer first
@@ -51,11 +53,14 @@ def build(work: Work, how: str, device: str) -> Any:
 
 
 @torch.no_grad()
-def fill(model: Any, only: str = "") -> None:
+def fill(model: Any, real: dict[str, Any], only: str = "") -> None:
     for name, p in model.named_parameters():
         if only not in name or "magnitude" in name:
             continue
         name = name.removeprefix("base_model.model.").replace(".default", "")
+        if (x := real.get(name.removeprefix("bert."))) is not None:
+            p.copy_(x)
+            continue
         if shared.kind(name, p.ndim) == "ones":
             p.fill_(1)
             continue
@@ -77,10 +82,10 @@ class Prepared(NamedTuple):
     start: dict[str, Any]
 
 
-def prepare(work: Work, how: str, device: str) -> Prepared:
+def prepare(work: Work, how: str, device: str, file: Path | None = None) -> Prepared:
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 64  # as many layers may differ
-    model = build(work, how, device)
+    model = build(work, how, device, file)
     batch = {name: torch.tensor(x, device=device).long() for name, x in work.batch().items()}
     labels = batch["input_ids"] if work.decoder else batch["label"]
     more = {"use_cache": False} if work.decoder else {}
@@ -167,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
                     gc.collect()
                     if device == "cuda":
                         torch.cuda.empty_cache()
-                    kept[key] = prepare(work, key, device)
+                    kept[key] = prepare(work, key, device, work.checkpoint(o.weights))
                 found = measure(kept[key], how, o.blocks)
         except Exception as error:  # one way may not work on this machine: the others count
             traceback.print_exc()

@@ -45,6 +45,10 @@ class Work:
     def decoder(self) -> bool:
         return self.config["model_type"] == "llama"
 
+    def checkpoint(self, folder: Path | None) -> Path | None:
+        """The file of its weights in a folder of MiniLM's; other shapes have random ones."""
+        return folder / "model.safetensors" if folder and self.shape == "minilm" else None
+
     def batch(self) -> dict[str, np.ndarray]:
         """Random tokens, no padding: input_ids (rows, tokens) and, for an encoder, label (rows,)."""
         rng = np.random.default_rng(0)
@@ -128,6 +132,7 @@ def options(doc: str, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--how", nargs="+", help="ways to run it in place of the row's own")
     parser.add_argument("--blocks", type=int, default=25, help="measurements, of one or more steps each")
     parser.add_argument("--file", type=Path, help="append the lines there")
+    parser.add_argument("--weights", type=Path, help="a Hugging Face folder of MiniLM, for the rows of its shape")
     parser.add_argument("--wait", action="store_true", help="imports first, then starts when a line comes in")
     o = parser.parse_args(argv)
     if ROWS[o.row].device == "cpu" and hasattr(os, "sched_setaffinity"):
