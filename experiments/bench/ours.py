@@ -118,7 +118,9 @@ def _drawn(seed: jax.Array, shape: tuple[int, ...], transposed: bool, dtype: Any
     return x.T if transposed else x
 
 
-def measure(work: Work, how: str, blocks: int, file: Path | None = None) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+def measure(
+    work: Work, how: str, blocks: int, file: Path | None = None
+) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
     """What is told of this way to run the step, and what says where its time goes."""
     run, _, compiler = how.partition("+")
     attention, _, steps = run.partition(":")

@@ -46,9 +46,9 @@ class Job(NamedTuple):
 
 def start(job: Job, o: argparse.Namespace, log: Any) -> subprocess.Popen[Any]:
     # Its imports are done while the one before it runs; it begins when it is told.
-    row = job.row
+    row, weights = job.row, [f"--weights={o.weights.resolve()}"] if o.weights else []
     command = [o.peft_python if job.side == "theirs" else sys.executable, "-m", f"experiments.bench.{job.side}", row,
-               "--wait", *([f"--weights={o.weights.resolve()}"] if o.weights else []), f"--blocks={o.blocks}", f"--file={o.json.with_suffix('.lines')}", "--how", *job.hows]
+               "--wait", *weights, f"--blocks={o.blocks}", f"--file={o.json.with_suffix('.lines')}", "--how", *job.hows]
     env = {"XLA_FLAGS": XLA_FLAGS if ROWS[row].device == "cuda" else "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
            "JAX_PLATFORMS": ROWS[row].device, "PYTHONUNBUFFERED": "1", **os.environ}  # fmt: skip
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
