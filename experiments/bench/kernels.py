@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def where(call: Callable[[], Any], steps: int, calls: int = 3, most: int = 12) -> dict[str, Any]:
+def where(call: Callable[[], Any], steps: int, calls: int = 3, most: int = 30) -> dict[str, Any]:
     """Milliseconds of a step: `kinds`, `idle`, and `largest`, the kernels that take longest with how often they run,
     equal names with other numbers together. steps: of one call."""
     jax.block_until_ready(call())
