@@ -20,8 +20,9 @@ adapters, optimizer and sums in float32.
 All linear layers of MiniLM. Trained parameters, with the head's 770 (STS-B: 385): LoRA, rsLoRA, LoRA+, DyLoRA, PiSSA,
 OLoRA, MiLoRA at rank 8 and LoHa at rank 4 332,546; LoRA-FA at rank 16 as many, beside the A that it leaves as it is;
 SoRA 332,834; DoRA 353,282; AdaLoRA 498,866, of which pruning leaves an average rank of 8; VeRA at rank 256 30,722; full
-fine-tuning 22,566,146. A method's own settings are those of its config: alpha and scale, LoRA+'s ratio, AdaLoRA's
-schedule, SoRA's threshold and clipping.
+fine-tuning 22,566,146. A method's own settings are those of its config: alpha and scale, LoRA+'s ratio (for B alone,
+as the paper says: the released groups have the head's bias learn 16 times as fast too), AdaLoRA's schedule, SoRA's
+threshold and clipping.
 
 Each method's 40 runs of a task are one pack, and SST-2 and CoLA share its programs, as MRPC and RTE do: 75 packs, 47
 compilations of a training step (AdaLoRA five), which go on in the background. With `--minutes=9` the command ends in
@@ -43,7 +44,7 @@ from lorajax.sweep import chain, each, fixed, product
 METHODS: tuple[dict[str, Any], ...] = (
     {"config": "lora"},
     {"config": "lora", "variant.rslora": True},
-    {"config": "lora_plus"},
+    {"config": "lora_plus", "optimizer.grouping": "paper"},
     {"config": "lora_fa", "arg.rank": 16},
     {"config": "dora", "variant.dropout": 0.0},
     {"config": "adalora"},
