@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     adapt = lj.adapt(sites, build.rules(c, model))
     folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
     resumed = hosts.agreed(launch.options["resume"] and (folder / "start").exists())
-    if place.mesh:
+    if place.mesh or place.rules:
         print(place.describe(sites.leaves))
     if c.ranks.budget and not resumed:
         adapt = start.by_importance(c, adapt, model, make_sft(c, model, adapt), train, adapter_key)

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     adapt = plan(c, model, jnp.zeros((c.batch, c.size, c.size, 3)))
     folder = run_folder(launch.options["workdir"], c.study, launch.name, c.seed)
     resumed = hosts.agreed(launch.options["resume"] and (folder / "start").exists())
-    if place.mesh:
+    if place.mesh or place.rules:
         print(place.describe(adapt.sites.leaves))
     loss = make_loss(forward, found.task, c)
     if c.ranks.budget and not resumed:

@@ -133,6 +133,10 @@ def placement(config: ConfigDict, model_type: str) -> Placement:
 def sharding(config: ConfigDict, model_type: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The rules of `config.shard`, and those of the model's family, which come after them."""
     rows = [config.shard[name] for name in sorted(config.shard)]
+    for name, row in zip(sorted(config.shard), rows, strict=True):
+        if set(row) != {"paths", "axes"}:
+            raise ConfigError(f"shard.{name} has {', '.join(sorted(row)) or 'nothing'}: a rule is "
+                              f"{{'paths': a regex, 'axes': an axis for each of the last dimensions}}")
     own = tuple((row["paths"], tuple(_entry(word) for word in row["axes"].split(","))) for row in rows)
     return own, sharding_rules(model_type)
 

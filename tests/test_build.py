@@ -274,6 +274,17 @@ def test_errors_name_the_nearest(files, change, call, words):
     assert "\n" not in str(error.value)
 
 
+def test_rules_for_the_mesh_come_before_the_familys(files):
+    c = parse(files)
+    c.shard = {"b": {"paths": ".*/key/kernel", "axes": "-,tensor+fsdp"}, "a": {"paths": ".*/value/.*", "axes": "data"}}
+    own, usual = build.sharding(c, "bert")
+    assert own == ((".*/value/.*", ("data",)), (".*/key/kernel", (None, ("tensor", "fsdp"))))
+    assert usual[0][0] == ".*/embeddings/word/embedding"
+    c.shard = {"a": {"paths": ".*/key/kernel", "axis": "data"}}
+    with pytest.raises(config.ConfigError, match=r"shard.a has axis, paths: a rule is \{'paths': a regex, 'axes'"):
+        build.sharding(c, "bert")
+
+
 def test_a_wrapper_shares_its_hyperparameters_with_what_it_wraps():
     def made(arg="", *words):
         return build.variant(config.parse([f"--config=configs/dora.py{arg}", *words]).config)

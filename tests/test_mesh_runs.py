@@ -87,6 +87,15 @@ def test_the_main_experiment_on_all_axes_at_once(files: Any, tmp_path: Path, cap
         run(files, tmp_path / "three", "adalora", {"data": 3})
 
 
+def test_a_rule_that_takes_nothing_is_an_error_on_one_device_too(files: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("from configs.lora import get_config as lora\n\ndef get_config(arg=None):\n    c = lora(arg)\n"
+                   "    c.shard = {'a': {'paths': '.*/kwery/kernel', 'axes': 'tensor'}}\n    return c\n")
+    (one, *rest) = words(files, tmp_path, "lora")
+    with pytest.raises(MeshError, match="'.*/kwery/kernel' matches no weight"):
+        glue.main([one.replace("configs/lora.py", str(own)), *rest])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["adalora", "dylora", "dora", "vera", "pissa", "lora_plus", "full"])

@@ -50,6 +50,8 @@ def test_sizes_of_a_mesh() -> None:
     [
         ({"tensr": 2}, "no axis 'tensr': did you mean 'tensor'"),
         ({"data": 0}, "mesh.data=0 is no number of devices"),
+        ({"data": 2.5}, "mesh.data=2.5 is no number of devices"),
+        ({"data": "2"}, "mesh.data='2' is no number of devices"),
         ({"data": -1, "fsdp": -1}, "only one axis can be -1"),
         ({"data": -1, "tensor": 3}, "3 does not divide 8 devices; the nearest that does is"),
         ({"data": 4, "tensor": 4}, "takes 16 devices and there are 8"),
@@ -125,6 +127,7 @@ LEAVES = {"params/layer_0/attention/query/kernel": SHAPE(12, 20), "params/norm/s
     [
         ([("params/norms.*", ("fsdp",))], [(".*", ())], "matches no weight.*nearest are 'params/norm/scale'"),
         ([(".*", ()), (".*/kernel", ("fsdp",))], [(".*", ())], r"takes nothing: '\.\*' before it"),
+        ([("*kernel", ("fsdp",))], [], r"the sharding rule '\*kernel' is no regular expression: nothing to repeat"),
         ([(".*/kernel", ("fsd",))], [(".*", ())], "mesh axis 'fsd': did you mean 'fsdp'"),
         ([(".*/scale", (None, "fsdp"))], [(".*", ())], r"2 entries, and params/norm/scale has shape \(12,\)"),
         ([(".*/kernel", ("fsdp", "fsdp"))], [(".*", ())], "names a mesh axis twice"),

@@ -32,8 +32,8 @@ def sizes_of(sizes: Mapping[str, int], count: int) -> dict[str, int]:
         if name not in AXES:
             near = difflib.get_close_matches(name, AXES, n=1, cutoff=0.0)[0]
             raise MeshError(f"a mesh has no axis {name!r}: did you mean {near!r}? There are: {', '.join(AXES)}")
-        if size < 1 and size != -1:
-            raise MeshError(f"mesh.{name}={size} is no number of devices: give 1 or more, or -1 for the rest")
+        if not isinstance(size, int | np.integer) or (size < 1 and size != -1):
+            raise MeshError(f"mesh.{name}={size!r} is no number of devices: give 1 or more, or -1 for the rest")
     full = {name: int(sizes.get(name, 1)) for name in AXES}
     open_ = [name for name, size in full.items() if size == -1]
     known = math.prod(size for size in full.values() if size != -1)

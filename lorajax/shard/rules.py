@@ -72,11 +72,15 @@ def specs(leaves: Mapping[str, Any], sizes: Mapping[str, int], rules: Sequence[R
     leaves: path -> anything with a shape. sizes: devices of each mesh axis; one of size 1 is left out of the specs.
     rules: the caller's own, which come first and must each take a weight. defaults: a row of `FAMILIES`, or others.
     Raises MeshError, naming the weight, the axis, the sizes and the nearest that would do, for a rule that takes
-    nothing, an unknown axis, too many entries, and a dimension that its axes do not divide; and for a weight that no
-    rule matches.
+    nothing or is no regex, an unknown axis, too many entries, and a dimension that its axes do not divide; and for a
+    weight that no rule matches.
     """
     every = [*rules, *defaults]
     for pattern, entries in every:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise MeshError(f"the sharding rule {pattern!r} is no regular expression: {error}") from error
         for axis in axes_of(entries):
             if axis not in AXES:
                 near = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.0)[0]
