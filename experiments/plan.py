@@ -46,6 +46,10 @@ def main(argv: list[str]) -> None:
     rows = per_device(c.batch, math.prod(sizes[axis] for axis in BATCH), "batch", "data x fsdp")
 
     whole = settings(c)
+    for name in SPLIT:
+        if (n := getattr(whole, name)) % sizes["tensor"]:
+            raise MeshError(f"mesh.tensor={sizes['tensor']} does not divide {name}={n}: the nearest that does is "
+                            f"{max(d for d in range(1, sizes['tensor']) if n % d == 0)}")
     adapt = adapted(c, whole, c.batch)
     found = specs(adapt.sites.leaves, sizes, rules, usual)
     print(described(adapt.sites.leaves, found, sizes), "\n")

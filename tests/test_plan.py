@@ -73,6 +73,10 @@ def test_what_does_not_fit_is_said(capsys: Any) -> None:
     assert "v5p-64" in out.splitlines()[-2]
     with pytest.raises(MeshError, match="no machine '8xH10': did you mean '8xH100'"):
         machine("8xH10")
+    for more, words in (("mesh.tensor=16", "mesh.tensor=16 does not divide num_kv_heads=8: the nearest that does is 8"),
+                        ("batch=60", "batch=60 does not divide among 32 devices along data x fsdp: .* is 64")):
+        with pytest.raises(MeshError, match=words):
+            plan.main(["--config=configs/plan.py:shape=70b,machine=v5p-64", f"--config.{more}"])
     with pytest.raises(config.ConfigError, match="no 'args.machine', so it is another script's.*configs/plan.py"):
         plan.main(["--config=configs/lora.py"])
     assert machine("v5p-64").devices == 32
