@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import lorajax as lj
@@ -22,13 +23,14 @@ from lorajax.shard import hosts
 from lorajax.train.pack import Parts
 from lorajax.train.run import run_folder, write_json
 
-# A run's rank, where it may differ from the others'.
+# A run's rank, where it may differ from the others', and what its learning rates from step to step depend on.
 RANKS = ("variant.rank", "args.rank")
+LENGTH = ("epochs", "steps", "warmup", "schedule")
 
 
 class Member(NamedTuple):
     """One run of a pack. kind: of its arrays. adapt: of its own rank, for the adapter that it leaves. batches: one
-    object for all members of one seed."""
+    object for all members of one seed. total: its steps."""
 
     launch: config.Launch
     folder: Path
@@ -37,6 +39,7 @@ class Member(NamedTuple):
     controller: Controller
     batches: dict[str, data.Batches]
     trained: int
+    total: int
 
 
 class Prepared(NamedTuple):
@@ -49,21 +52,29 @@ class Prepared(NamedTuple):
 
 
 def shared_config(group: sweep.Group) -> ConfigDict:
-    # What all have in common, at the largest rank.
+    # What all have in common, at the largest rank and length.
     c = ConfigDict(group.launches[0].config.to_dict())
+    for key in {"epochs", "steps"} & set(group.differ):
+        c[key] = max(one.config[key] for one in group.launches)
     if "variant.rank" in group.differ:
         c.variant.rank = max(one.config.variant.rank for one in group.launches)
     return c
 
 
-def numbers(group: sweep.Group, launch: config.Launch) -> dict[str, float]:
-    # A run's own numbers. At a lower rank alpha makes up for the rank that the shared program divides by.
-    flat = config.flatten(launch.config)
-    own = {key: flat[key] for key in group.differ if key not in ("seed", *RANKS)}
+def numbers(group: sweep.Group, m: Member, longest: int) -> dict[str, Any]:
+    # A run's own numbers. At a lower rank alpha makes up for the rank that the shared program divides by. Of another
+    # length: its learning rates, as shares of `lr`, up to the last step of all.
+    c = m.launch.config
+    flat = config.flatten(c)
+    own: dict[str, Any] = {key: flat[key] for key in group.differ if key not in ("seed", *RANKS, *LENGTH)}
     if "lr" in own or "head_lr" in own:
         own |= {"lr": flat["lr"], "head_lr": flat["head_lr"] or flat["lr"]}
+    if set(LENGTH) & set(group.differ):
+        unit = ConfigDict(c.to_dict() | {"lr": 1.0})
+        shares = np.asarray(jax.vmap(build.schedule(unit, m.total))(np.arange(m.total, dtype=np.float32)))
+        own["schedule"] = np.pad(shares, (0, longest - m.total))
     if "variant.rank" in group.differ:
-        mine: Any = build.variant(launch.config)
+        mine: Any = build.variant(c)
         shared: Any = build.variant(shared_config(group))
         own["variant.alpha"] = mine.scale / dataclasses.replace(shared, alpha=1.0).scale
     return own
@@ -109,10 +120,10 @@ def rounded(group: sweep.Group, c: ConfigDict, begun: Prepared) -> tuple[Prepare
 
 
 # Settings of a run that its arrays do not depend on before the first step, given its keys.
-LATER = ("seed", "lr", "head_lr", "weight_decay", "variant.dropout", "optimizer.ratio")
+LATER = ("seed", "lr", "head_lr", "weight_decay", "variant.dropout", "optimizer.ratio", *LENGTH)
 
 
-def assemble(group: sweep.Group, begun: Prepared, total: int) -> list[Member]:
+def assemble(group: sweep.Group, begun: Prepared) -> list[Member]:
     adapts: dict[Any, tuple[lj.Adapt, int]] = {}
     batches: dict[int, dict[str, data.Batches]] = {}
     members = []
@@ -125,8 +136,9 @@ def assemble(group: sweep.Group, begun: Prepared, total: int) -> list[Member]:
         if own.seed not in batches:
             batches[own.seed] = build.batches(own, begun.tokens)
         adapt, trained = adapts[told]
+        total = build.total_steps(own, len(batches[own.seed]["train"]))
         members.append(Member(launch, folder_of(launch), kind, adapt, build.controller(own, adapt, total),
-                              batches[own.seed], trained))
+                              batches[own.seed], trained, total))
     return members
 
 

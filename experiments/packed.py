@@ -62,7 +62,8 @@ def train(group: sweep.Group, stop: Any, programs: Programs, later: Callable[[Ca
         widest: Any = None  # the longest batch, whose program needs the most memory
         with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
             for first, batch in ahead(made, range(step, total, n)):
-                active = np.array([i not in lost and i < len(members) for i in range(len(team.all))])
+                training = [i not in lost and first < m.total for i, m in enumerate(members)]
+                active = np.array([*training, *[False] * (len(team.all) - len(members))])
                 state, metrics = program.step(packed.state, packed[1:], batch, active)
                 packed = packed._replace(state=state)
                 step = first + n
@@ -70,20 +71,22 @@ def train(group: sweep.Group, stop: Any, programs: Programs, later: Callable[[Ca
                 bar.update(n, examples=n * c.batch * len(members))
                 if step % log_every == 0:
                     last = jax.device_get(jax.tree.map(lambda x: x[:, -1] if n > 1 else x, metrics))
-                    broken = np.flatnonzero(~last["finite"][:len(members)])
+                    broken = np.flatnonzero(~last["finite"][:len(members)] & training)
                     lost = {int(i): f"step {step} was not finite" for i in broken} | lost
                     for i, run in enumerate(runs):
-                        if i in lost:
+                        if i in lost or not training[i]:
                             continue
                         run.log(step, {k: last[k][i] for k in sorted(last) if k not in ("finite", "weight")})
-                if step % eval_every == 0 or step == total:
+                ends = [step == m.total for m in members]
+                if step % eval_every == 0 or any(ends):
                     scores = score(team, packed, None)[:len(members)]
-                    lost = {i: f"step {step}: {s}" for i, s in enumerate(scores) if isinstance(s, str)} | lost
+                    lost = {i: f"step {step}: {s}" for i, s in enumerate(scores)
+                            if isinstance(s, str) and training[i]} | lost
                     views = further(team, packed)
                     control = on_host(packed.state.control)
                     improved = np.zeros(len(team.all), bool)
                     for i, (m, run) in enumerate(zip(members, runs, strict=True)):
-                        if i in lost:
+                        if i in lost or not training[i] or not (step % eval_every == 0 or ends[i]):
                             continue
                         extra = m.controller.report(unpack(control, i))
                         run.log(step, scores[i] | glue.flat(views[i]) | extra, prefix="eval/")
@@ -111,8 +114,8 @@ def train(group: sweep.Group, stop: Any, programs: Programs, later: Callable[[Ca
             labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
             baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
             for i, (m, run) in enumerate(zip(members, runs, strict=True)):
-                if i in lost or steps[i] < total:
-                    record(m.folder, lost.get(i, f"step {steps[i] + 1} of {total} was not finite"))
+                if i in lost or steps[i] < m.total:
+                    record(m.folder, lost.get(i, f"step {steps[i] + 1} of {m.total} was not finite"))
                     continue
                 trainable, state = unpack(kept, i)
                 if trainable:
@@ -123,7 +126,7 @@ def train(group: sweep.Group, stop: Any, programs: Programs, later: Callable[[Ca
                 told = {"seconds": round(seconds, 3), "packed_with": len(members) - 1,
                         "memory": memory}
                 extra = m.controller.report(state)
-                run.finish(glue.summary(m.launch, found.task, best[i], total, baselines, m.trained, extra) | told)
+                run.finish(glue.summary(m.launch, found.task, best[i], m.total, baselines, m.trained, extra) | told)
         hosts.wait("pack")
         if hosts.writes():
             shutil.rmtree(folder, ignore_errors=True)  # the pack's checkpoints: every member has left what it leaves

@@ -46,9 +46,9 @@ class Program:
 
 
 class Team(NamedTuple):
-    """The runs of a pack, about to begin. total: steps. width: of the mesh's axis `trial`, which the runs fill: the
-    last one stands, inactive, in the places that are left over. entering: what `begin` takes besides the base.
-    values: name -> (runs,), the numbers of each run's own."""
+    """The runs of a pack, about to begin. total: steps of the longest. width: of the mesh's axis `trial`, which the
+    runs fill: the last one stands, inactive, in the places that are left over. entering: what `begin` takes besides the
+    base. values: name -> (runs, ...), the numbers of each run's own."""
 
     program: Program
     members: list[Member]
@@ -101,8 +101,8 @@ class Programs:
         with self.tracing:
             c = shared_config(group)
             begun, made = rounded(group, c, prepared(c))
-            total = build.total_steps(c, len(build.batches(c, begun.tokens)["train"]))
-            members = assemble(group, begun, total)
+            members = assemble(group, begun)
+            total = max(m.total for m in members)
             width = begun.model.place.sizes.get("trial", 1)
             key = identity(group, members, begun, total)
         with self.looking:
@@ -112,7 +112,7 @@ class Programs:
             future = self.known[key]
         all_ = members + members[-1:] * (-len(members) % width)
         entering = *enter(all_, begun), made
-        rows = [numbers(group, m.launch) for m in all_]
+        rows = [numbers(group, m, total) for m in all_]
         values = {name: np.asarray([row[name] for row in rows], np.float32) for name in rows[0]}
         if ours:
             try:

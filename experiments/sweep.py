@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from experiments import glue, packed
 from experiments.estimate import SHARE, Estimate, compiles, estimate, matmul_rate
-from experiments.members import RANKS, folder_of, record
+from experiments.members import LENGTH, RANKS, folder_of, record
 from experiments.programs import Programs
 from lorajax import build, config, report, sweep
 from lorajax.shard import hosts
@@ -43,6 +43,7 @@ MOST = 64  # runs in one program: twice as many were no faster on an H200 with a
 # with these methods and these optimizers, which look at every element alone.
 NUMBERS = ("seed", "lr", "head_lr", "weight_decay", "variant.alpha", "variant.dropout", "optimizer.ratio")
 RANKED, ELEMENTWISE = ("lora",), ("adamw", "lora_plus", "lora_fa")
+TIMELESS = ("identity", "dylora")  # controllers that do not ask how long the run is: its length may differ too
 
 
 def main(argv: list[str]) -> None:
@@ -148,20 +149,27 @@ def widens(c: ConfigDict) -> bool:
     return not method.initial.subtracts
 
 
+def packable(c: ConfigDict) -> tuple[str, ...]:
+    # The keys in which a run may differ from the others of its pack, () where it trains by itself.
+    if by_itself(c):
+        return ()
+    return (*NUMBERS, *(RANKS if widens(c) else ()), *(LENGTH if c.controller.name in TIMELESS else ()))
+
+
 def plan(launches: list[config.Launch], size: int, limit: float = 0.0,
          known: dict[str, Estimate] | None = None) -> list[sweep.Group]:
     # size: 0 for as many as `limit` bytes hold, by the estimates in `known`, which is filled here.
-    kinds: dict[str, list[config.Launch]] = {"ranked": [], "rest": [], "alone": []}
+    kinds: dict[tuple[str, ...], list[config.Launch]] = {}
     for one in launches:
-        kinds["alone" if by_itself(one.config) else "ranked" if widens(one.config) else "rest"].append(one)
-    found = [*sweep.groups(kinds["ranked"], (*NUMBERS, *RANKS), size or MOST),
-             *sweep.groups(kinds["rest"], NUMBERS, size or MOST)]  # fmt: skip
+        kinds.setdefault(packable(one.config), []).append(one)
+    alone = kinds.pop((), [])
+    found = [group for keys, those in kinds.items() for group in sweep.groups(those, keys, size or MOST)]
     if limit and not size:
         fits = [estimate(group, {} if known is None else known).fits(limit, MOST) for group in found]
         found = [part for group, n in zip(found, fits, strict=True)
                  for part in sweep.groups(group.launches, group.differ, n)]
     place = {id(one): i for i, one in enumerate(launches)}
-    return sorted([*found, *sweep.groups(kinds["alone"], (), 1)], key=lambda group: place[id(group.launches[0])])
+    return sorted([*found, *sweep.groups(alone, (), 1)], key=lambda group: place[id(group.launches[0])])
 
 
 def describe(launches: list[Any], todo: list[Any], groups: list[sweep.Group], known: dict[str, Estimate]) -> None:

@@ -312,7 +312,10 @@ def every(steps: int, per_epoch: int, steps_per_call: int) -> int:
 
 
 def schedule(config: ConfigDict, total: int) -> optax.Schedule:
-    """The learning rate of every step. `restarts` is ReLoRA's, by the restarts of its controller."""
+    """The learning rate of every step. `restarts` is ReLoRA's, by the restarts of its controller. `config.schedule` may
+    also be an array, which may be traced: of every step the share of `lr`."""
+    if not isinstance(config.schedule, str):
+        return lambda step: config.lr * config.schedule[step]
     if config.schedule == "restarts":
         c = config.controller
         if c.name != "relora":

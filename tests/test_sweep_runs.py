@@ -22,10 +22,12 @@ from lorajax.sweep import each, fixed, product, zipit, chain
 
 def get_config(arg=None):
     where = fixed(**{{"arg.task": "sst2", "arg.model": "{model}", "data": "{data}", "max_length": 16, "batch": 8,
-                     "eval_batch": 16, "epochs": 2.0, "log_every": 1, "shapes": 2, "dropout": 0.1, "probe": False}})
+                     "eval_batch": 16, "log_every": 1, "shapes": 2, "dropout": 0.1, "probe": False}})
     lora = product(each("config", ["lora"]), each("arg.rank", [2, 3]),
-                   zipit(each("lr", [1e-2, 3e-2]), each("seed", [0, 1]), each("variant.dropout", [0.1, 0.0])))
-    bad = fixed(**{{"config": "lora", "arg.rank": 2, "lr": 1e30, "seed": 2}})
+                   zipit(each("lr", [1e-2, 3e-2]), each("seed", [0, 1]), each("variant.dropout", [0.1, 0.0]),
+                         each("epochs", [2.0, 1.5]), each("warmup", [0.06, 0.2]),
+                         each("schedule", ["linear", "cosine"])))
+    bad = fixed(**{{"config": "lora", "arg.rank": 2, "lr": 1e30, "seed": 2, "epochs": 2.0}})
     trials = product(where, chain(lora, bad, {more}))
     return ConfigDict({{"trials": trials}})
 '''
@@ -35,7 +37,7 @@ def get_config(arg=None):
 def files(tmp_path_factory: Any) -> Any:
     root = tmp_path_factory.mktemp("study")
     model, data = model_folder(root / "model"), glue_folder(root / "data")
-    more = 'each("config", ["full"])'
+    more = 'fixed(**{"config": "full", "epochs": 2.0})'
     (root / "study.py").write_text(STUDY.format(model=model, data=data, more=more))
     return root
 
@@ -55,21 +57,24 @@ def test_a_packed_run_leaves_what_the_run_alone_leaves(files: Any, runs: Path) -
     assert len(summaries) == 5
     packed = [s for s in summaries if "packed_with" in s.read_text()]
     assert len(packed) == 4
+    assert {json.loads(s.read_text())["steps"] for s in packed} == {12, 16}  # each as long as it asks for
     for folder in (summary.parent for summary in packed):  # its own dropout, which the program has as a number
         files_ = folder / "config.json", folder / "adapter" / "adapter_config.json"
         asked, left = (json.loads(file.read_text()) for file in files_)
         assert left["lora_dropout"] == asked["config"]["variant"]["dropout"]
-    for summary in packed[:2]:
+    for summary in (packed[0], packed[-1]):
         folder = summary.parent
         c = json.loads((folder / "config.json").read_text())["config"]
         words = [f"--config=configs/lora.py:task=sst2,model={files / 'model'},rank={c['variant']['rank']}",
                  f"--config.variant.dropout={c['variant']['dropout']}",
                  *[f"--config.{k}={c[k]}" for k in ("data", "max_length", "batch", "eval_batch", "epochs", "log_every",
-                                                     "shapes", "dropout", "probe", "lr", "seed")]]  # fmt: skip
+                                                     "shapes", "dropout", "probe", "lr", "seed", "warmup",
+                                                     "schedule")]]  # fmt: skip
         glue.main([*words, f"--workdir={files / 'alone'}"])
         alone = files / "alone" / folder.relative_to(runs)
         assert {p.name for p in folder.iterdir()} - {".lock"} >= {"config.json", "metrics.jsonl", "adapter"}
         got, want = rows(folder), rows(alone)
+        assert len(got) > 12
         assert [row.keys() for row in got] == [row.keys() for row in want]
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
@@ -97,7 +102,7 @@ def test_what_is_finished_is_skipped(files: Any, runs: Path, capsys: Any) -> Non
 def test_an_interrupted_pack_goes_on_as_if_it_had_not_been(files: Any, runs: Path, monkeypatch: Any) -> None:
     cut = files / "cut"
     study = files / "short.py"
-    study.write_text((files / "study.py").read_text().replace(', each("config", ["full"])', ""))
+    study.write_text((files / "study.py").read_text().replace(', fixed(**{"config": "full", "epochs": 2.0})', ""))
     counted = []
     real = packed.score
 
@@ -266,9 +271,10 @@ def test_a_study_ends_with_a_table_and_plots(files: Any, runs: Path) -> None:
     pytest.importorskip("matplotlib")
     there = runs / "reports" / "study"
     assert {path.name for path in there.iterdir()} >= {"table.md", "runs.csv", "comparison.png", "rates.png"}
-    assert "| full |" in (there / "table.md").read_text()
+    assert "| full,epochs=2.0 |" in (there / "table.md").read_text()
     with (there / "runs.csv").open() as file:
         found = list(csv.DictReader(file))
     assert len(found) == 5
-    assert {row["method"] for row in found} == {"lora,rank=2", "lora,rank=2,variant.dropout=0.1",
-                                                "lora,rank=3", "lora,rank=3,variant.dropout=0.1", "full"}  # fmt: skip
+    short, whole = "epochs=1.5,schedule=cosine,warmup=0.2", "epochs=2.0,variant.dropout=0.1"
+    assert {row["method"] for row in found} == {"full,epochs=2.0", *[f"lora,rank={r},{rest}" for r in (2, 3)
+                                                                     for rest in (short, whole)]}  # fmt: skip

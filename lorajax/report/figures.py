@@ -57,7 +57,8 @@ def comparison(table: Sequence[Cell], reference: str = "") -> Any:
     reference = reference or usual(cell.method for cell in table)
     order = [s.method for s in standings(table, reference)][::-1]
     at = {(cell.task, cell.method): cell for cell in table}
-    figure, axes = canvas(max(6.4, 2.2 + 2.1 * len(tasks)), 0.9 + 0.27 * len(order), 1, len(tasks), sharey=True)
+    figure, axes = canvas(max(6.4, 2.2 + 2.1 * len(tasks)) + _room(order), 0.9 + 0.27 * len(order), 1, len(tasks),
+                          sharey=True)  # fmt: skip
     for ax, task in zip(axes[0], tasks, strict=True):
         if (task, reference) in at:
             ax.axvline(100 * at[task, reference].mean, color=ACCENT, linewidth=0.9, alpha=0.7)
@@ -78,6 +79,11 @@ def comparison(table: Sequence[Cell], reference: str = "") -> Any:
     return figure
 
 
+def _room(names: Sequence[str]) -> float:
+    """Inches for what the longest name has beyond the 25 letters that a figure has room for."""
+    return 0.075 * max(0, max(map(len, names)) - 25)
+
+
 def _keep_in_view(ax: Any, mine: Sequence[Cell]) -> None:
     """Intervals of two or three seeds can be far wider than all there is to see: the axis holds scores, not these."""
     seen = [100 * x for cell in mine for x in cell.scores.values()]
@@ -92,8 +98,8 @@ def rates(results: Sequence[Result], reference: str = "") -> Any:
     tasks, methods = (list(dict.fromkeys(key[i] for key in runs)) for i in (0, 1))
     reference = reference or usual(methods)
     grid = sorted({run.lr for run in results})
-    figure, axes = canvas(2.4 + (0.8 + 0.19 * len(grid)) * len(tasks), 1.5 + 0.26 * len(methods), 1, len(tasks),
-                          sharey=True)  # fmt: skip
+    figure, axes = canvas(2.4 + _room(methods) + (0.8 + 0.19 * len(grid)) * len(tasks), 1.5 + 0.26 * len(methods), 1,
+                          len(tasks), sharey=True)  # fmt: skip
     image = None
     for ax, task in zip(axes[0], tasks, strict=True):
         means = np.full((len(methods), len(grid)), np.nan)
@@ -185,7 +191,7 @@ def against_parameters(table: Sequence[Cell]) -> Any:
     methods = list(dict.fromkeys(cell.method for cell in table))
     color = dict(zip(methods, LINES * (1 + len(methods) // len(LINES)), strict=False))
     form = {name: "osD^v"[i // len(LINES) % 5] for i, name in enumerate(methods)}
-    figure, axes = canvas(2.6 + 3.3 * len(tasks), 3.3, 1, len(tasks))
+    figure, axes = canvas(2.6 + _room(methods) + 3.3 * len(tasks), 3.3, 1, len(tasks))
     for ax, task in zip(axes[0], tasks, strict=True):
         for cell in table:
             if cell.task == task:
