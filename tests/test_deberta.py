@@ -26,6 +26,7 @@ V3: dict[str, Any] = {
 def test_deberta_equals_transformers(tmp_path: Path) -> None:
     settings = {name: value for name, value in V3.items() if name != "model_type"}
     settings |= {"num_labels": 3, "max_position_embeddings": 8}  # so short that distances are clipped
+    settings |= {"pooler_hidden_act": "tanh"}
     theirs = torch_models.build("AutoModelForSequenceClassification", "deberta-v2", **settings)
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(1, 61, (2, 14)), np.ones((2, 14), np.int64)

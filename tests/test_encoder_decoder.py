@@ -87,7 +87,7 @@ def test_whisper_equals_transformers(tmp_path: Path) -> None:
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
              "decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 48, "num_mel_bins": 8,
              "max_source_positions": 10, "max_target_positions": 12, "vocab_size": 61, "pad_token_id": 0,
-             "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}  # fmt: skip
+             "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3, "scale_embedding": True}  # fmt: skip
     theirs = torch_models.build("AutoModelForSpeechSeq2Seq", "whisper", **sizes)
     rng = np.random.default_rng(0)
     sound, target = rng.normal(size=(2, 8, 20)).astype(np.float32), rng.integers(2, 61, (2, 7))

@@ -47,8 +47,10 @@ def test_dropout_acts_only_in_training() -> None:
 
 
 @pytest.mark.peft
-def test_gpt2_equals_transformers(tmp_path: Path) -> None:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 61, "n_inner": 40}
+@pytest.mark.parametrize("tied", [True, False])
+def test_gpt2_equals_transformers(tied: bool, tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 61, "n_inner": 40,
+             "tie_word_embeddings": tied}  # fmt: skip
     theirs = torch_models.build("AutoModelForCausalLM", "gpt2", **sizes)
     ids = np.random.default_rng(0).integers(3, 61, (2, 12))
     model, variables = torch_models.ours(theirs, tmp_path)

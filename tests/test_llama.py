@@ -127,6 +127,12 @@ def test_tensors_are_all_accounted_for(golden: Any) -> None:
     assert params_from_hf(tied, copied).ignored == ("lm_head.weight",)
 
 
+def test_gemmas_gelu_is_the_one_by_tanh(golden: Any) -> None:
+    """As `transformers` reads the first files, which say 'gelu'."""
+    gemma = LlamaConfig.from_hf(golden[0] | {"model_type": "gemma", "hidden_act": "gelu"})
+    assert gemma.activation == "gelu_pytorch_tanh"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -178,10 +184,14 @@ MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16}}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}}),
-    "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+    "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0,
+                                              "original_max_position_embeddings": 4},
                           "max_position_embeddings": 8}),
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0,
                                            "original_max_position_embeddings": 8}}),
+    "yarn_mscale": ("llama", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7,
+        "mscale_all_dim": 1.3, "truncate": False}}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": ("llama", {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 2,
                           "head_dim": 8, "hidden_size": 48}),

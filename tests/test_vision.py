@@ -78,6 +78,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "resnet_bottleneck": ("resnet", {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]}, (24, 20)),
     "resnet_early": ("resnet", {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2],
                                 "downsample_in_bottleneck": True, "downsample_in_first_stage": True}, (24, 20)),
+    "resnet_silu": ("resnet", {"embedding_size": 8, "hidden_sizes": [16], "depths": [2], "hidden_act": "silu"},
+                    (24, 20)),
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class DebertaConfig(Execution):
     num_heads: int = 12
     intermediate_size: int = 3072
     activation: str = "gelu"
+    pooler_activation: str = "gelu"
     buckets: int = 256
     max_distance: int = 512
     norm_eps: float = 1e-7
@@ -56,6 +57,7 @@ class DebertaConfig(Execution):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("activation (hidden_act)", self.activation, tuple(ACTIVATIONS))
+        choice("pooler_activation (pooler_hidden_act)", self.pooler_activation, tuple(ACTIVATIONS))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
@@ -210,7 +212,7 @@ class Deberta(nn.Module):
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Logits, float32 (B, num_labels); with num_labels = 1 the regression output."""
         x = self.pooler_drop(self.encode(input_ids, attention_mask)[:, 0])
-        return self.classifier(self.head_drop(ACTIVATIONS["gelu"](self.pooler(x))))
+        return self.classifier(self.head_drop(ACTIVATIONS[self.config.pooler_activation](self.pooler(x))))
 
 
 @layout.register
@@ -254,6 +256,7 @@ _OPTIONAL = {
     "hidden_dropout_prob": "hidden_dropout",
     "attention_probs_dropout_prob": "attention_dropout",
     "pooler_dropout": "pooler_dropout",
+    "pooler_hidden_act": "pooler_activation",
     "cls_dropout": "head_dropout",
     "initializer_range": "initializer_range",
 }

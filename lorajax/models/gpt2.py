@@ -4,7 +4,7 @@
     params/layer_i/{attention_norm,ffn_norm}/{scale,bias}
     params/layer_i/attention/{query_key_value,output}/{kernel,bias}      one kernel (D, 3 D), as it is stored
     params/layer_i/ffn/{up,down}/{kernel,bias}
-    params/norm/{scale,bias}    the head is the table of embeddings
+    params/norm/{scale,bias}    params/head/kernel     unless the head is the table of embeddings
 
 With `scan_layers` the layers are one subtree `params/layers` whose leaves have a leading layer axis.
 """
@@ -102,6 +102,9 @@ class GPT2(CausalLM):
         self.drop = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
         add_layers(self, c, c.num_layers, lambda _: fields)
         self.norm = norm()
+        if not c.tie_embeddings:
+            types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+            self.head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, **types)
 
     def embedded(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         self._fits(input_ids.shape[1])
@@ -129,14 +132,17 @@ def _(config: GPT2Config) -> Layout:
         ours, theirs = f"params/layer_{i}/", f"h.{i}."
         tensors |= norms({f"{ours}attention_norm": f"{theirs}ln_1", f"{ours}ffn_norm": f"{theirs}ln_2"})
         tensors |= linears({ours + module: theirs + name for module, name in modules.items()}, kernel="same")
+    tensors |= norms({"params/norm": "ln_f"})
+    if not config.tie_embeddings:
+        tensors["params/head/kernel"] = Tensor(("lm_head.weight",), "linear")
     return Layout(
-        tensors | norms({"params/norm": "ln_f"}),
+        tensors,
         GPT2(config),
         (jax.ShapeDtypeStruct((1, 2), jnp.int32),),
         prefix="transformer.",
         bare=r"lm_head\..*",
         unused=(r"h\.\d+\.attn\.(masked_)?bias",),
-        tied={"lm_head.weight": "wte.weight"},
+        tied={"lm_head.weight": "wte.weight"} if config.tie_embeddings else {},
         init_std=config.initializer_range,
     )
 
@@ -154,4 +160,5 @@ _OPTIONAL = {
     "resid_pdrop": "hidden_dropout",
     "attn_pdrop": "attention_dropout",
     "initializer_range": "initializer_range",
+    "tie_word_embeddings": "tie_embeddings",
 }

@@ -87,7 +87,8 @@ class LlamaConfig(Execution):
         if member == "gemma":
             fields |= {"norm_offset": 1.0, "embedding_scale": fields["hidden_size"] ** 0.5}
             fields["tie_embeddings"] = bool(config.get("tie_word_embeddings", True))
-            fields["activation"] = config.get("hidden_activation") or fields["activation"]
+            activation = config.get("hidden_activation") or fields["activation"]
+            fields["activation"] = "gelu_pytorch_tanh" if activation == "gelu" else activation  # files of 2024 say so
         if member == "mixtral":
             fields["experts"] = config.get("num_local_experts", 8)
             fields["experts_per_token"] = config.get("num_experts_per_tok", 2)

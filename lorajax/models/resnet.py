@@ -99,7 +99,8 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Units with the activation between them, plus the (projected) input, then the activation."""
+    """Units with ReLU between them whatever the activation (as in `transformers`), plus the (projected) input, then the
+    activation."""
 
     config: ResNetConfig
     stage: int
@@ -117,7 +118,7 @@ class Block(nn.Module):
         act = ACTIVATIONS[self.config.activation]
         y = x
         for i, unit in enumerate(self.unit):
-            y = unit(act(y) if i else y)
+            y = unit(jax.nn.relu(y) if i else y)
         return act(y + (self.shortcut(x) if self.projects else x))
 
 

@@ -22,7 +22,8 @@ class Rope:
     'default': not; 'linear': divided by `factor` (arXiv:2306.15595); 'dynamic': theta grows once a sequence is longer
     than `trained` (NTK); 'llama3': frequencies of wavelength above trained / low_freq are divided by `factor`, below
     trained / high_freq kept, between them blended (Llama 3.1); 'yarn': blended over dimensions between `beta_slow` and
-    `beta_fast` rotations in `trained` tokens, and the vectors multiplied by `attention_factor` (arXiv:2309.00071).
+    `beta_fast` rotations in `trained` tokens (rounded outwards if `truncate`), and the vectors multiplied by
+    `attention_factor` (arXiv:2309.00071).
     trained: length that the model was trained on before it was stretched.
     """
 
@@ -35,6 +36,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         choice("rope type", self.kind, KINDS)
@@ -54,12 +56,22 @@ class Rope:
         if any(isinstance(value, Mapping) for value in given.values()):
             raise ValueError(f"rope_parameters differ by kind of layer ({sorted(given)}); this model has one for all")
         kind = given.get("rope_type") or given.get("type") or "default"
-        trained = given.get("original_max_position_embeddings") or config.get("max_position_embeddings", cls.trained)
+        longest = config.get("max_position_embeddings", cls.trained)
+        trained = longest if kind == "dynamic" else given.get("original_max_position_embeddings") or longest
         theta = given.get("rope_theta", config.get("rope_theta", cls.theta))
         names = {"low_freq_factor": "low_freq", "high_freq_factor": "high_freq"}
         names |= {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor")}
         fields = {ours: float(given[theirs]) for theirs, ours in names.items() if given.get(theirs) is not None}
-        return cls(theta=float(theta), kind=kind, trained=int(trained), **fields)
+        if kind == "yarn" and fields.get("attention_factor") is None and given.get("mscale"):
+            if whole := given.get("mscale_all_dim"):
+                factor = fields.get("factor", 1.0)
+                fields["attention_factor"] = _mscale(factor, given["mscale"]) / _mscale(factor, whole)
+        truncate = bool(given.get("truncate", True))
+        return cls(theta=float(theta), kind=kind, trained=int(trained), truncate=truncate, **fields)
+
+
+def _mscale(factor: float, weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,10 +95,12 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Arr
             head_dim * math.log(rope.trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
             for turns in (rope.beta_fast, rope.beta_slow)
         )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-        ramp = jnp.clip((jnp.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / (high - low or 0.001), 0.0, 1.0)
         frequencies = frequencies / rope.factor * ramp + frequencies * (1 - ramp)
-        scale = rope.attention_factor or (0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0)
+        scale = rope.attention_factor or _mscale(rope.factor)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 

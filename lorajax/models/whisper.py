@@ -51,7 +51,6 @@ class WhisperConfig(Execution):
     max_positions: int = 1500
     max_target_positions: int = 448
     norm_eps: float = 1e-5
-    embedding_scale: float = 1.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     start_id: int = 50257
@@ -65,12 +64,11 @@ class WhisperConfig(Execution):
     def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> WhisperConfig:
         """Reads the dictionary of a Hugging Face `config.json`; `overrides` are fields of this class and win.
 
+        `scale_embedding` is not read: no Whisper scales its embeddings, those of `transformers` with it neither.
         Errors: ValueError for an unknown activation and a missing key, named.
         """
         choice("model_type", str(config.get("model_type")), ("whisper",))
-        fields = read_keys(config, _REQUIRED, _OPTIONAL)
-        fields["embedding_scale"] = fields["hidden_size"] ** 0.5 if config.get("scale_embedding") else 1.0
-        return cls(**(fields | overrides))
+        return cls(**(read_keys(config, _REQUIRED, _OPTIONAL) | overrides))
 
 
 class Whisper(EncoderDecoder):
@@ -123,8 +121,8 @@ class Whisper(EncoderDecoder):
 
     def embedded(self, decoder_input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         self._fits(decoder_input_ids.shape[1])
-        x = self.embed(decoder_input_ids).astype(jnp.float32) * self.config.embedding_scale
-        return self.drop((x + self.positions(positions).astype(jnp.float32)).astype(self.config.dtype))
+        x = self.embed(decoder_input_ids).astype(jnp.float32) + self.positions(positions).astype(jnp.float32)
+        return self.drop(x.astype(self.config.dtype))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return tied_logits(self.embed, hidden)
