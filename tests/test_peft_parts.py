@@ -18,14 +18,15 @@ from safetensors.numpy import load_file
 import lorajax as lj
 from lorajax.io import peft
 from lorajax.io.hf import open_checkpoint
-from lorajax.models import adapter_names, model_from_hf, params_from_hf, replicate_layers
+from lorajax.models import adapter_names, model_from_hf, params_from_hf, replicate_layers, untied
 from lorajax.variants import OFT, DoRA, LoRA, TrainableTokens
 
 pytestmark = [
     pytest.mark.peft,
     # PEFT applies patterns to parameters, and warns that it does not; its tokens follow a tied head, and it warns too.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model( has|).*`tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Found missing adapter keys.*lm_head.trainable_tokens_delta:UserWarning"),
 ]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30,
@@ -34,6 +35,7 @@ IDS = np.random.default_rng(0).integers(1, 30, (3, 7)).astype(np.int32)
 FAMILIES: dict[str, Any] = {
     "llama": ("AutoModelForCausalLM", "llama", {"num_key_value_heads": 1}),
     "tied": ("AutoModelForCausalLM", "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "apart": ("AutoModelForCausalLM", "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),  # untied here
     "mixtral": ("AutoModelForCausalLM", "mixtral",
                 {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "bert": ("AutoModelForSequenceClassification", "bert",
@@ -64,6 +66,9 @@ def ours(base: Any, name: str, replication: Any = (), **overrides: Any) -> Any:
     config, tensors = open_checkpoint(base(name))
     model = model_from_hf(config, **(overrides | ({"num_labels": 3} if name == "bert" else {})))
     params, config = params_from_hf(model.config, tensors).variables, model.config  # type: ignore[attr-defined]
+    if name == "apart":
+        config, params = untied(config, params)
+        model = type(model)(config)  # type: ignore[call-arg]
     if replication:
         config, params = replicate_layers(config, params, replication)
         model = type(model)(config)  # type: ignore[call-arg]
@@ -98,6 +103,9 @@ CASES: dict[str, Any] = {
     "experts of one kind": ("mixtral", "LoraConfig",
                             {"r": 3, "target_modules": [], "target_parameters": EXPERTS[1:], "use_rslora": True}),
     "replicated layers": ("llama", "LoraConfig", {**QV, "layer_replication": [[0, 2], [1, 2], [0, 1]]}),
+    "table apart from its head": ("apart", "LoraConfig", {"r": 2, "target_modules": ["q_proj", "embed_tokens"]}),
+    "head apart from its table": ("apart", "LoraConfig", {"r": 2, "target_modules": ["q_proj", "lm_head"]}),
+    "table trained, head not": ("apart", "LoraConfig", {**QV, "modules_to_save": ["embed_tokens"]}),
     "rotations": ("bert", "OFTConfig", {"oft_block_size": 5, "target_modules": ["query", "value"],
                                         "use_cayley_neumann": False, "bias": "oft_only"}),
 }  # fmt: skip
@@ -133,6 +141,22 @@ def test_peft_and_back(base: Any, name: str, tmp_path: Path) -> None:
     again = torch_peft.PeftModel.from_pretrained(torch_model(base, family), tmp_path / "ours").eval()
     have = torch_models.run(again, input_ids=IDS, attention_mask=np.ones_like(IDS))
     np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_table_that_is_the_head_is_not_read_as_one_of_them(base: Any, tmp_path: Path) -> None:
+    """PEFT adapts the table and leaves the head, or the other way round; a tied model here would change both."""
+    for rule in ((".*embed/embedding", LoRA(2)), (".*embed/embedding", lj.Full()), (".*head/kernel", LoRA(2))):
+        _, params, sites, names = ours(base, "apart")
+        adapt = lj.adapt(sites, [rule, (".*/query/kernel", LoRA(2))])
+        peft.write(tmp_path / "a", adapt, *adapt.init(jax.random.key(0), params), names)
+        _, params, sites, names = ours(base, "tied")
+        with pytest.raises(peft.AdapterError, match="table and its head, .* lorajax.models.untied"):
+            peft.read(tmp_path / "a", sites, names)
+    adapt = lj.adapt(sites, [(".*embed/embedding", LoRA(2))])
+    with pytest.raises(peft.AdapterError, match="the rules adapt .*untied.*or keep lorajax's own format"):
+        peft.write(tmp_path / "a", adapt, *adapt.init(jax.random.key(0), params), names)
+    with pytest.raises(ValueError, match="BertConfig is not tied"):
+        untied(ours(base, "bert")[0].config, {})
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -195,7 +195,7 @@ METHODS: Mapping[str, Method] = {
     "LOHA": Method(LoHa, lambda c, m, site, r, alpha: LoHa(r, alpha), lambda v: {}, alpha="alpha", patterns=BOTH,
                    neutral=NO_CP),
     "LOKR": Method(LoKr, _lokr, _lokr_settings, alpha="alpha", patterns=BOTH, neutral=NO_CP),
-    "HIRA": Method(HiRA, _hira, _hira_settings, patterns=("rank_pattern",)),
+    "HIRA": Method(HiRA, _hira, _hira_settings),  # PEFT has its rank_pattern in the settings, and never applies it
     "VERA": Method(VeRA, _vera, _vera_settings, bias="vera_only"),
     "IA3": Method(IA3, _ia3, lambda v: {}, rank=None),
     "MISS": Method(MiSS, _miss, _miss_settings, bias="miss_only"),

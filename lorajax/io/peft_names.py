@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lorajax.core.sites import Sites
 from lorajax.io.tensors import AdapterError
 
 PREFIX = "base_model.model."
@@ -72,6 +73,16 @@ class Directory:
         """' (nearest: ...)' for an error about a name."""
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
         return f" (the nearest name in this model is {near[0]!r})" if near else ""
+
+
+def tied(sites: Sites, path: str | None = None) -> str:
+    """'' unless the parameter (None: any) is a table of embeddings and the head: then what PEFT does about it, for an
+    error."""
+    found = [p for p, site in sites.items() if {use.op for use in site.uses} >= {"lookup", "matmul"}]
+    if not found or path not in (None, *found):
+        return ""
+    return (f": {path or found[0]} is this model's table and its head, of which PEFT adapts one without the other; "
+            f"give both their own weights by lorajax.models.untied(config, variables)")
 
 
 def to_theirs(x: np.ndarray, form: str) -> np.ndarray:

@@ -23,10 +23,11 @@ from lorajax.io import peft_parameters
 from lorajax.io.peft_config import INERT, Config
 from lorajax.io.peft_layout import LOOKUP, Form
 from lorajax.io.peft_methods import METHODS, REFUSED, Method
-from lorajax.io.peft_names import PREFIX, Directory, Names, stack
+from lorajax.io.peft_names import PREFIX, Directory, Names, stack, tied
 from lorajax.io.peft_wholes import wholes
 from lorajax.io.tensors import AdapterError, read_tensors
 from lorajax.variants.dora import DoRA
+from lorajax.variants.trainable_tokens import TrainableTokens
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -92,7 +93,7 @@ def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names
     strange = sorted(held.keys() - directory.modules.keys())
     if strange:
         raise AdapterError(f"tensor {next(iter(held[strange[0]].values()))!r}: this model has no module {strange[0]!r}"
-                           f"{directory.unknown(strange[0], directory.modules)}")
+                           f"{directory.unknown(strange[0], directory.modules)}{tied(sites)}")
     absent = sorted(config.targeted(directory.modules) - held.keys())
     if absent:
         raise AdapterError(f"{config.file}: the settings target {len(absent)} modules that the file has no tensors "
@@ -108,6 +109,9 @@ def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names
     more, found = peft_parameters.read(stacked, tensors, config, directory.first, sites)
     choices, arrays = choices | more, arrays | found
     fulls, base, added, shared = wholes(rest, tensors, sites, directory, METHODS[config.kind], choices)
+    for path in (*fulls, *(path for path, choice in choices.items() if not isinstance(choice, TrainableTokens))):
+        if reason := tied(sites, path):
+            raise AdapterError(f"{config.file} adapts {directory.first[path].names[0]}{reason}")
     scaled = _scaled(held, arrays, sites, directory) if config.kind == "IA3" else {}
     rules: list[Rule] = [(_either(paths), choice) for choice, paths in _grouped(choices)]
     rules += [(_either(fulls | added | scaled), Full())] if fulls or added or scaled else []
@@ -240,7 +244,9 @@ def _placed(form: Form, y: np.ndarray, shape: tuple[int, ...], key: str) -> np.n
 
 def _variant(config: Config, method: Method, module: str, site: Any) -> Variant | None:
     """The variant of one module, None for one pruned to rank 0. AdapterError if it cannot fit."""
-    rank = 0 if method.rank is None else config.by_module(method.rank, 8, "rank_pattern", module)
+    rank = 0.0 if method.rank is None else config.number(method.rank, 8)
+    if "rank_pattern" in method.patterns:
+        rank = config.by_module("r", 8, "rank_pattern", module)
     alpha = 0.0
     if method.alpha is not None:
         alpha = config.by_module(method.alpha, method.default_alpha, "alpha_pattern", module)

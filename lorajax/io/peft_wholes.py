@@ -9,7 +9,7 @@ import numpy as np
 from lorajax.core.sites import Sites
 from lorajax.core.variant import Variant
 from lorajax.io.peft_methods import Method
-from lorajax.io.peft_names import Directory, stack, to_ours
+from lorajax.io.peft_names import Directory, stack, tied, to_ours
 from lorajax.io.tensors import AdapterError
 from lorajax.variants.lora import LoRA
 
@@ -29,7 +29,7 @@ def wholes(rest: Mapping[str, str], tensors: Mapping[str, np.ndarray], sites: Si
         plain = name.replace(".base_layer.", ".").replace(".lora_B.bias", ".bias")
         if plain not in directory.tensors:
             raise AdapterError(f"tensor {key!r}: this model has no place for it"
-                               f"{directory.unknown(plain, directory.tensors)}")
+                               f"{directory.unknown(plain, directory.tensors)}{tied(sites)}")
         place = directory.tensors[plain]
         if name.endswith(".lora_B.bias"):
             of = directory.tensors.get(plain.removesuffix("bias") + "weight", place).path

@@ -20,7 +20,7 @@ from lorajax.io.folders import replaced
 from lorajax.io.peft_config import CONFIG
 from lorajax.io.peft_layout import Form
 from lorajax.io.peft_methods import PLAIN, Method, method_of
-from lorajax.io.peft_names import PREFIX, Directory, Names, to_theirs
+from lorajax.io.peft_names import PREFIX, Directory, Names, tied, to_theirs
 from lorajax.io.peft_read import TOKENS, WEIGHTS
 from lorajax.io.subtracted import joined, redone
 from lorajax.io.tensors import AdapterError, write_tensors
@@ -81,6 +81,8 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
     directory = Directory(names)
     adapters: dict[str, tuple[Variant, Any, bool]] = {}
     for path, choice in adapt.plan.items():
+        if not isinstance(choice, TrainableTokens) and (reason := tied(adapt.sites, path)):
+            raise AdapterError(f"the rules adapt {path}{reason}, or keep lorajax's own format")
         if not isinstance(choice, Full):
             halves = zip(trainable[path], frozen.aux.get(path, trainable[path]), strict=True)
             adapter = type(trainable[path])(*[other if x is None else x for x, other in halves])

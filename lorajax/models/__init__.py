@@ -14,6 +14,7 @@ from lorajax.models.llama_config import LlamaConfig
 from lorajax.models.resnet import ResNet, ResNetConfig
 from lorajax.models.stacking import replicate_layers, stack_layers, unstack_layers
 from lorajax.models.t5 import T5, T5Config
+from lorajax.models.untied import untied
 from lorajax.models.vit import ViT, ViTConfig
 from lorajax.models.whisper import Whisper, WhisperConfig
 
@@ -46,4 +47,5 @@ __all__ = [
     "replicate_layers",
     "stack_layers",
     "unstack_layers",
+    "untied",
 ]
