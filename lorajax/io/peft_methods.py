@@ -157,10 +157,24 @@ def _oft(c: Config, module: str, site: Site, rank: int, alpha: float) -> Variant
         raise AdapterError(f"{c.file}: written by PEFT {version or 'before 0.18'}, whose series of a rotation is "
                            f"another than today's: PEFT itself cannot read it faithfully, train it again")
     blocks, size = c.integer("r", 0), c.integer("oft_block_size", 32)
-    fits = min((d for d in range(1, site.n_in + 1) if site.n_in % d == 0), key=lambda d: abs(d - (blocks or size)))
+    fits = _nearest(blocks or size, site.n_in)
     return OFT(0 if blocks else fits, fits if blocks else 0, c.get("block_share", False, bool),
                c.integer("num_cayley_neumann_terms", 5) if series else 0,
                c.number("eps", 6e-5) if c.get("coft", False, bool) else 0.0)
+
+
+def _nearest(asked: int, n: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - asked))
+
+
+def one_block_size(given: Mapping[str, tuple[OFT, int]]) -> dict[str, int]:
+    """The setting that PEFT turns into each module's own, from the variant and the inputs of each; {} if none does."""
+    sizes = {(n_in // v.blocks if v.blocks else v.block_size, n_in) for v, n_in in given.values()}
+    for key, wanted in (("oft_block_size", sizes), ("r", {(n_in // size, n_in) for size, n_in in sizes})):
+        for asked in range(1, 1 + max(size for size, _ in wanted)):
+            if all(_nearest(asked, n_in) == size for size, n_in in wanted):
+                return {"r": 0, "oft_block_size": 0} | {key: asked}
+    return {}
 
 
 def _oft_settings(v: OFT) -> dict[str, Any]:

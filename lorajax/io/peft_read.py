@@ -159,6 +159,8 @@ def _sorted(config: Config, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str
     rest, suffixes = {}, _suffixes(config.kind)
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
+        if name.endswith(".num_batches_tracked"):
+            continue  # a batch norm's counter, which computes nothing
         if x.dtype.name not in FLOATS:
             raise AdapterError(f"tensor {key!r} is {x.dtype.name}; an adapter's are {', '.join(FLOATS)}")
         if not np.isfinite(x).all():
@@ -258,7 +260,8 @@ def _variant(config: Config, method: Method, module: str, site: Any) -> Variant 
     try:
         variant.check(site.n_in, site.n_out)
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{config.file}: {module} ({site.n_in}, {site.n_out}): {error}") from error
+        raise AdapterError(f"{config.file}: {module} ({site.n_in}, {site.n_out}): {error}; to read it all the same, "
+                           f"convert it where it was trained: peft.save_as_lora(folder, model, rank)") from error
     return variant
 
 

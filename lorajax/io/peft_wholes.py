@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,7 +27,19 @@ def wholes(rest: Mapping[str, str], tensors: Mapping[str, np.ndarray], sites: Si
         if name in slots:
             shared[slots[name]] = tensors[key].T
             continue
-        plain = name.replace(".base_layer.", ".").replace(".lora_B.bias", ".bias")
+        if ".original_module." in name:
+            continue  # the base's, which PEFT's bias='all' catches too
+        once = re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
+        if once != name and once in rest:
+            if not np.array_equal(tensors[rest[once]], tensors[key]):
+                raise AdapterError(f"tensors {key!r} and {rest[once]!r} are one weight, and differ")
+            continue
+        plain = once.replace(".base_layer.", ".").replace(".lora_B.bias", ".bias")
+        if plain not in directory.tensors and name.endswith(".lora_B.bias"):
+            if not tensors[key].any():
+                continue
+            raise AdapterError(f"tensor {key!r}: this layer of the base has no bias to which it could be added; give "
+                               f"the model one of zeros (query_bias=True of a Llama), and its checkpoint too")
         if plain not in directory.tensors:
             raise AdapterError(f"tensor {key!r}: this model has no place for it"
                                f"{directory.unknown(plain, directory.tensors)}{tied(sites)}")

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorajax.core.adapt import Adapt, Frozen
+from lorajax.core.sites import by_path
 from lorajax.core.variant import Full, Variant
 from lorajax.io import peft_parameters
 from lorajax.io.folders import replaced
+from lorajax.io.peft_biases import of_b, unscaled
 from lorajax.io.peft_config import CONFIG
 from lorajax.io.peft_layout import Form
-from lorajax.io.peft_methods import PLAIN, Method, method_of
+from lorajax.io.peft_methods import PLAIN, Method, method_of, one_block_size
 from lorajax.io.peft_names import PREFIX, Directory, Names, tied, to_theirs
 from lorajax.io.peft_read import TOKENS, WEIGHTS
 from lorajax.io.subtracted import joined, redone
@@ -47,7 +49,8 @@ class Content(NamedTuple):
 
 def write(folder: str | os.PathLike[str], adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: Names, *,
           base: str | None = None, task_type: str | None = None, convert: bool = True,
-          embeddings: bool = True, replication: Replication = ()) -> Path:
+          embeddings: bool = True, replication: Replication = (), params: Any = None,
+          lora_bias: bool = False) -> Path:
     """Writes what PEFT's `from_pretrained` loads on the same base, and returns the folder; one that is there is
     replaced, and a failure leaves it as it was.
 
@@ -57,12 +60,15 @@ def write(folder: str | os.PathLike[str], adapt: Adapt, trainable: Mapping[str, 
     own form of PiSSA and OLoRA. embeddings: whether to repeat the base weight of adapted embeddings, as PEFT does.
     replication: the ranges that the model's layers were made of (`lorajax.models.replicate_layers`). Trained tokens of
     a table with a tied head are written once; of tokens alone PEFT has a copy for the head, whose lack it reports, and
-    which it ties all the same.
+    which it ties all the same. params: the base, for biases. With it, those that PEFT's IA3 merely scales are left
+    out, as PEFT does, and copies are written that PEFT has of a whole module's. lora_bias: a trained bias of an adapted
+    layer is written as PEFT's `lora_B.bias`, not as a whole (it needs `params`; what was read of such a file is the
+    same but for rounding).
 
     Raises AdapterError if PEFT has no such method, or not this mixture of methods or options; it names the way out.
     """
     found = content(adapt, trainable, frozen, names, base=base, task_type=task_type, convert=convert,
-                    embeddings=embeddings, replication=replication)
+                    embeddings=embeddings, replication=replication, params=params, lora_bias=lora_bias)
     with replaced(folder) as part:
         write_content(part, found)
     return Path(folder)
@@ -76,9 +82,9 @@ def write_content(folder: Path, found: Content) -> None:
 
 def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: Names, *, base: str | None = None,
             task_type: str | None = None, convert: bool = True, embeddings: bool = True,
-            replication: Replication = ()) -> Content:
+            replication: Replication = (), params: Any = None, lora_bias: bool = False) -> Content:
     """What `write` writes."""
-    directory = Directory(names)
+    directory, before = Directory(names), {} if params is None else by_path(params)[0]
     adapters: dict[str, tuple[Variant, Any, bool]] = {}
     for path, choice in adapt.plan.items():
         if not isinstance(choice, TrainableTokens) and (reason := tied(adapt.sites, path)):
@@ -100,7 +106,7 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
     tensors: dict[str, np.ndarray] = {}
     exact: dict[tuple[str, str], list[str]] = {}
     rows: dict[str, tuple[str, Variant]] = {}
-    unscaled: dict[str, np.ndarray] = {}
+    biases, done = dict[str, np.ndarray](), set[str]()
     stacked: dict[str, tuple[LoRA, Any]] = {}
     for path, (v, x, _) in adapters.items():
         if getattr(names.get(path), "fused", None):
@@ -115,7 +121,11 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
         modules, site = directory.modules_of(path), adapt.sites[path]
         rows |= {module: (path, variant) for module in modules}
         if isinstance(variant, IA3) and variant.side == "out" and f"{modules[0]}.bias" in directory.tensors:
-            unscaled |= _unscaled(modules, adapter.l_out, trainable, frozen, directory)
+            place = directory.tensors[f"{modules[0]}.bias"].path
+            bias = np.asarray(trainable[place].w if place in trainable else frozen.base[place])
+            done |= {f"{module}.bias" for module in modules}
+            before_it = np.asarray(before[place]) if place in before else None
+            biases |= unscaled(modules, np.asarray(adapter.l_out), bias, before_it)
         for leaf, row in variant.leaves.items():
             x = getattr(adapter, leaf)
             if x is None or not row.peft or row.shared:
@@ -135,13 +145,20 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             exact[slot, leaf] = [f"base_model.{adapt.slots[slot].variant.leaves[leaf].peft}"]
             tensors[exact[slot, leaf][0]] = np.asarray(x).T
     settings = _settings(kind, method, {module: v for module, (path, v) in rows.items() if path not in beside},
-                         directory, parameters)
+                         directory, parameters, {module: adapt.sites[path].n_in for module, (path, _) in rows.items()})
     if beside:
         of = {module: list(v.tokens) for module, (path, v) in rows.items() if isinstance(v, TrainableTokens)}
         settings["trainable_token_indices"] = of
-    tensors |= {f"{PREFIX}{module}.base_layer.bias": x for module, x in unscaled.items()}
-    done = {f"{module}.bias" for module in unscaled}
-    settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact, done)
+    tensors |= {f"{PREFIX}{module}.base_layer.bias": x for module, x in biases.items()}
+    if lora_bias:
+        own = {module: row for module, row in rows.items() if row[0] not in beside}
+        if params is None:
+            raise AdapterError("lora_bias=True needs params, the base: what is written is what was added to its biases")
+        tensors |= {f"{PREFIX}{module}.lora_B.bias": x
+                    for module, x in of_b(own, adapt, trainable, before, directory).items()}
+        done |= {f"{module}.bias" for module in own}
+        settings["lora_bias"] = True
+    settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact, done, before)
     if kind == "TRAINABLE_TOKENS" and settings.pop("modules_to_save"):
         raise AdapterError("PEFT's trainable tokens train no whole weights beside them, LoRA's do: add a LoRA to the "
                            "rules, or keep lorajax's own format")
@@ -154,18 +171,6 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
             raise AdapterError(f"PEFT has one start for all modules, this adapter has {starts}: leave convert=True")
         settings["init_lora_weights"] = starts.pop()
     return Content(settings, tensors, exact)
-
-
-def _unscaled(modules: list[str], scales: Any, trainable: Mapping[str, Any], frozen: Frozen,
-              directory: Directory) -> dict[str, np.ndarray]:
-    """Module -> its bias divided by IA3's scales: PEFT multiplies the whole output by them, lorajax the weight."""
-    path = directory.tensors[f"{modules[0]}.bias"].path
-    bias = np.asarray(trainable[path].w if path in trainable else frozen.base[path], np.float32)
-    by = np.asarray(scales, np.float32).reshape(bias.shape)
-    if not by.all():
-        raise AdapterError(f"PEFT's IA3 scales the bias of {modules[0]} too, and one of its scales is 0, which no bias "
-                           f"survives: {PLAIN}")
-    return dict(zip(modules, (bias / by).reshape(len(modules), -1), strict=True))
 
 
 def _one_method(plan: Mapping[str, Variant]) -> tuple[str, Method]:
@@ -184,12 +189,15 @@ def _one_method(plan: Mapping[str, Variant]) -> tuple[str, Method]:
 
 
 def _settings(kind: str, method: Method, modules: Mapping[str, Variant], directory: Directory,
-              parameters: Mapping[str, Variant]) -> dict[str, Any]:
+              parameters: Mapping[str, Variant], inputs: Mapping[str, int]) -> dict[str, Any]:
     """adapter_config.json without the weights that are trained whole."""
     variants = {**modules, **parameters}
     common = {module: method.settings(variant) for module, variant in variants.items()}
     if parameters:  # where PEFT allows no dropout; it acts in training only
         common = {module: {**one, "lora_dropout": 0.0} for module, one in common.items()}
+    if kind == "OFT":
+        size = one_block_size({module: (v, inputs[module]) for module, v in modules.items()})  # type: ignore[misc]
+        common = {module: one | size for module, one in common.items()}
     first, others = next(iter(common)), list(common)
     for module in others:
         if common[module] != common[first]:
@@ -237,9 +245,9 @@ def _exactly(modules: Mapping[str, Any], directory: Directory) -> list[str] | st
 
 def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, directory: Directory, targets: set[str],
             method: Method, tensors: dict[str, np.ndarray], exact: dict[tuple[str, str], list[str]],
-            done: set[str]) -> dict[str, Any]:
+            done: set[str], before: Mapping[str, Any]) -> dict[str, Any]:
     """Weights that are trained whole: as `modules_to_save`, or by a bias mode. Adds their tensors, but for those that
-    are `done`."""
+    are `done`. before: the base, of which PEFT has copies under bias='all'."""
     fulls = [path for path, choice in adapt.plan.items() if isinstance(choice, Full)
              and not done.issuperset(directory.written(path))]
     names = {name: path for path in fulls for name in directory.written(path)}
@@ -277,6 +285,15 @@ def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, director
             module, _, kind = name.rpartition(".")
             keys.append(PREFIX + (f"{module}.base_layer.{kind}" if module in targets else name))
             tensors[keys[-1]] = to_theirs(part, row.form)
+            outer = next((m for m in saved if name.startswith(f"{m}.")), "")
+            if mode == "all" and outer and kind == "bias" and path in before:
+                inner = name[len(outer) :]
+                copies = ("modules_to_save" + ".default" * (inner != ".bias"), "original_module")
+                copy = np.reshape(np.asarray(before[path]), (len(row.names), *part.shape))[row.names.index(name)]
+                tensors |= {f"{PREFIX}{outer}.{c}{inner}": x
+                            for c, x in zip(copies, (tensors[keys[-1]], copy), strict=True)}
+            if kind == "running_mean":  # PEFT asks for a batch norm's counter too
+                tensors[f"{PREFIX}{module}.num_batches_tracked"] = np.zeros((), np.int64)
         if path in fulls:
             exact[path, "w"] = keys
     return {"modules_to_save": saved or None} | ({"bias": mode} if method.bias else {})
