@@ -61,6 +61,17 @@ def test_a_base_that_contains_the_adapter_is_recognised(dtype: Any) -> None:
         compose.merge(other, one)
 
 
+def test_an_update_that_is_in_already_is_recognised_in_another_form() -> None:
+    dora = trained(4, DoRA(LoRA(rank=2)))
+    merged = compose.merge(compose.merge(PARAMS, dora), TWO, weights=0.5)
+    for other in (compose.as_lora(*dora), compose.compose([dora]), compose.compose([TWO])):
+        with pytest.raises(ValueError, match=r"adapters\[1\] has the update of one that is in these weights already"):
+            compose.merge(merged, [ONE, other])
+    assert len(compose.merge(merged, compose.compose([dora, TWO])).entries) == 3  # another adapter, made of both
+    one, two = (trained(i, [("bias", lj.Full())]) for i in (5, 6))  # no update with factors
+    assert len(compose.merge(compose.merge(PARAMS, one, full=0), two, full="drop").entries) == 2
+
+
 def test_dense_methods_are_merged_without_a_rank() -> None:
     merged = compose.merge(PARAMS, [ONE, TWO], compose.TIES(0.5), weights=[0.7, 0.3])
     ranked = compose.compose([ONE, TWO], compose.TIES(0.5), weights=[0.7, 0.3], measure=False)

@@ -179,6 +179,18 @@ def test_orthogonal_projection() -> None:
     assert all(0.01 < x < 1 for x in errors.values())
 
 
+@pytest.mark.parametrize("side", ["in", "out", "both"])
+def test_a_space_is_that_of_the_update_not_of_its_factors(side: str) -> None:
+    """An untrained adapter (B is 0) and one that was there already, but for rounding, take nothing from the next."""
+    nothing = ONE._replace(trainable={path: x._replace(B=0 * x.B) for path, x in ONE.trainable.items()})
+    turned = ONE._replace(trainable={path: x._replace(A=x.A * jnp.float32(0.7)) for path, x in ONE.trainable.items()})
+    assert max(compose.compose([nothing, TWO], compose.Orthogonal(side)).errors.values()) < 1e-6
+    want, have = (updates(compose.compose(several, compose.Orthogonal(side)))
+                  for several in ([ONE, TWO], [ONE, turned, TWO]))
+    for path in want:
+        close(have[path], want[path], atol=1e-4)
+
+
 def test_lorahub_and_pefts_linear_have_cross_terms() -> None:
     """e1 e1^T and e2 e2^T with weights 1/2: variants.md, 9.7's oracle."""
     def unit(i: int) -> Any:

@@ -318,3 +318,5 @@ def test_jit_counts_the_index_among_the_arguments() -> None:
     run = lj.mixed(lambda params, x: x @ params["w"])
     want = run(bank, jnp.array([0, -1]), x)
     np.testing.assert_allclose(jax.jit(run, donate_argnums=2)(bank, jnp.array([0, -1]), x + 0), want, rtol=1e-6)
+    index = jnp.array([0, -1])
+    np.testing.assert_allclose(jax.jit(lambda bank, x: run(bank, index, x))(bank, x), want, rtol=1e-6)  # closed over

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorajax.compose.gathered import Gathered, Trained, gather, weighted
-from lorajax.compose.svd import EXACT, decompose
+from lorajax.compose.svd import decompose, spanned
 from lorajax.core.sites import table
 
 
@@ -50,8 +50,8 @@ def measured(found: Gathered) -> Interference:
     each: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in Interference._fields}
     for part in found.parts(weighted(None, n)):
         bases = [decompose(pair) for pair in part.pairs]
-        rows = {"overlap_in": _overlap([_spanned(x.u, x.s) for x in bases]),
-                "overlap_out": _overlap([_spanned(x.v, x.s) for x in bases])}
+        rows = {"overlap_in": _overlap([spanned(x.u, x.s) for x in bases]),
+                "overlap_out": _overlap([spanned(x.v, x.s) for x in bases])}
         rows |= dict(zip(("cosine", "conflict"), _compared(part.deltas()), strict=True))
         at = np.ix_(part.members, part.members)
         for name, row in rows.items():
@@ -59,11 +59,6 @@ def measured(found: Gathered) -> Interference:
             full[at] = row
             each[name].setdefault(part.path, []).append(full)
     return Interference(**{name: {path: _mean(found) for path, found in rows.items()} for name, rows in each.items()})
-
-
-def _spanned(u: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """The columns of u that are more than rounding."""
-    return u[:, s > max(EXACT * float(s.max()), float(np.finfo(np.float32).tiny))]
 
 
 def _overlap(bases: list[np.ndarray]) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorajax.compose.composed import corrected_once, prepared
+from lorajax.compose.compressed import distances
 from lorajax.compose.gathered import Gathered, Pair, Trained, gather, weighted
 from lorajax.compose.method import Method
 from lorajax.compose.sums import Sum
@@ -24,10 +25,13 @@ from lorajax.core.fingerprint import fingerprint
 from lorajax.core.layout import leaf
 from lorajax.core.packed import unpacked
 from lorajax.core.sites import by_path
+from lorajax.core.variant import Full
 
 EXACTLY = Sum()
 PRESENT = 0.5
 """From this share of an update on, weights that differ from a base by it are said to contain it."""
+SAME = 1e-4
+"""Up to this part of an update, another one is the same in another form: as plain LoRA, composed of one, ..."""
 
 
 class Entry(NamedTuple):
@@ -69,7 +73,14 @@ def merge(base: Any, adapters: Trained | Sequence[Trained], method: Method = EXA
     if not old.entries:
         _refuse_contained(old.base, many)
     w = weighted(None if weights is None else np.atleast_1d(weights), len(many))
-    return _remade(old.base, (*old.entries, Entry(prints, many, method, w, key, full)))
+    made = _remade(old.base, (*old.entries, Entry(prints, many, method, w, key, full)))
+    inside = [one for entry in old.entries for one in entry.adapters
+              if not all(isinstance(choice, Full) for choice in one.adapt.plan.values())]
+    for i, one in enumerate(many):
+        if inside and (nearest := min(distances(inside, [one] * len(inside)))) < SAME:
+            raise ValueError(f"adapters[{i}] has the update of one that is in these weights already (they differ by "
+                             f"{nearest:.1e} of it): unmerge that first, and give its weight once")
+    return made
 
 
 def unmerge(merged: Merged, adapters: Trained | Sequence[Trained] | None = None) -> Merged:

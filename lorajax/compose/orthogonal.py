@@ -9,7 +9,7 @@ import numpy as np
 
 from lorajax.compose.gathered import Pair, Part
 from lorajax.compose.method import Method
-from lorajax.compose.svd import EXACT, join
+from lorajax.compose.svd import decompose, join, norm, spanned
 
 SIDES = ("in", "out", "both")
 
@@ -35,8 +35,9 @@ class Orthogonal(Method):
         for pair in part.pairs:
             a = _without(pair.a, ins) if self.side in ("in", "both") else pair.a
             b = _without(pair.b.T, outs).T if self.side in ("out", "both") else pair.b
-            ins.append(_basis(a))
-            outs.append(_basis(b.T))
+            found, size = decompose(Pair(a, b)), norm(pair)
+            ins.append(spanned(found.u, found.s, size))
+            outs.append(spanned(found.v, found.s, size))
             kept.append(Pair(a, b))
         return join(kept, part.weights)
 
@@ -44,12 +45,6 @@ class Orthogonal(Method):
         """Raises ValueError for an unknown side."""
         if self.side not in SIDES:
             raise ValueError(f"side={self.side!r} is unknown; there are {', '.join(SIDES)}")
-
-
-def _basis(x: np.ndarray) -> np.ndarray:
-    """Orthonormal columns that span those of x, without directions that are rounding."""
-    u, s, _ = np.linalg.svd(x.astype(np.float64), full_matrices=False)
-    return u[:, s > EXACT * s.max()]
 
 
 def _without(x: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:

@@ -57,6 +57,11 @@ def decompose_dense(delta: np.ndarray) -> Decomposed:
     return Decomposed(u, s, vt.T)
 
 
+def spanned(u: np.ndarray, s: np.ndarray, size: float | None = None) -> np.ndarray:
+    """The columns of u that are more than rounding of numbers of that size (None: of the largest of s)."""
+    return u[:, s > max(EXACT * float(s.max() if size is None else size), float(np.finfo(np.float32).tiny))]
+
+
 def compress(pair: Pair, rank: int) -> Pair:
     """The best update of `rank` (or of less, where the sides or the factors are smaller)."""
     return decompose(pair).pair(rank)

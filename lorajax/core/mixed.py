@@ -43,9 +43,12 @@ def mixed(fn: Callable[..., Any], *, strict: bool = False, in_axes: Any = 0, out
                              f"-1 for the base; or (rows, s) integers, and spans=(rows, tokens)")
         if spans is not None and np.shape(spans)[:1] != index.shape[:1]:
             raise ValueError(f"spans has shape {np.shape(spans)}, and index names {index.shape[0]} rows")
-        if not isinstance(index, jax.core.Tracer) and index.size and (int(index.min()) < -1 or int(index.max()) >= k):
-            raise ValueError(f"index holds {int(index.min())} to {int(index.max())}, and the bank has {k} adapters: "
-                             f"they are 0 to {k - 1}, and -1 is the base")
+        if not isinstance(index, jax.core.Tracer) and index.size:
+            with jax.ensure_compile_time_eval():  # of an index that a jitted function closes over
+                low, high = int(index.min()), int(index.max())
+            if low < -1 or high >= k:
+                raise ValueError(f"index holds {low} to {high}, and the bank has {k} adapters: they are 0 to {k - 1}, "
+                                 f"and -1 is the base")
         axes = [*_axes(in_axes, args), *_axes(0, kwargs)]
         given, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
         mapped = [x is not None and axis is not None and np.ndim(x) > 0 for x, axis in zip(given, axes, strict=True)]

@@ -38,8 +38,9 @@ class Chosen(NamedTuple):
 def resolve(sites: Sites, rules: Sequence[Rule]) -> dict[str, Chosen]:
     """path -> Chosen for every leaf that a rule adapts, in tree order.
 
-    A pattern is a preset's name or a regex that must match the whole path. The first rule that matches wins; a
-    variant's rule passes over leaves that are no site (biases, norms), which only `Full()` and `None` take.
+    A pattern is a preset's name (where no leaf is called so) or a regex that must match the whole path. The first rule
+    that matches wins; a variant's rule passes over leaves that are no site (biases, norms), which only `Full()` and
+    `None` take.
     Raises RuleError naming the rule, what is there, the nearest, and the way out.
     """
     for i, rule in enumerate(rules):
@@ -70,7 +71,7 @@ def resolve(sites: Sites, rules: Sequence[Rule]) -> dict[str, Chosen]:
 
 
 def matches(pattern: str, path: str, sites: Sites) -> bool:
-    if pattern in PRESETS:
+    if pattern in PRESETS and pattern not in sites.leaves:
         return path in sites and PRESETS[pattern](sites[path])
     try:
         return re.fullmatch(pattern, path) is not None

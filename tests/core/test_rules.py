@@ -157,6 +157,14 @@ def test_presets_and_patterns_mix():
         "params/query/kernel": 1, "params/value/kernel": 2}
 
 
+def test_a_leaf_called_like_a_preset_is_named_by_its_path():
+    """As rules that name sites by their paths do, those of a saved adapter for one."""
+    params = {"attention": normal(8, 8), "embeddings": normal(8, 8)}
+    sites = lj.sites(lambda p, x: x @ p["embeddings"] @ p["attention"] @ p["attention"], params, X)
+    assert [*lj.adapt(sites, [("embeddings", Probe(1))]).plan] == ["embeddings"]
+    assert len(lj.adapt(sites, [("ffn|embeddings|attention", Probe(1))]).plan) == 2
+
+
 def test_the_table_shows_which_rule_took_which_site(sites: Any):
     adapt = lj.adapt(sites, [("encoder/0/query/kernel", Probe(2)), (".*/kernel", Probe(3)), (".*/scale", lj.Full())])
     text = str(adapt)
