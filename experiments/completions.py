@@ -8,9 +8,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-# What is accepted with the one value that changes nothing; anything else is refused.
+# What is accepted with null or the one value that changes nothing; anything else is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (None,), "suffix": (None, ""), "logit_bias": (None, {}),
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (None,), "suffix": ("",), "logit_bias": ({},),
     "presence_penalty": (0,), "frequency_penalty": (0,),
 }  # fmt: skip
 READ = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "user")
@@ -47,7 +47,8 @@ def parse(body: bytes, vocabulary: int) -> Asked:
         raise ApiError(400, f"the body is a JSON {type(given).__name__}: send an object", "invalid_json")
     for name, value in given.items():
         if name in NEUTRAL:
-            if not any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in NEUTRAL[name]):
+            good = any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in NEUTRAL[name])
+            if value is not None and not good:
                 raise ApiError(400, f"{name}={value!r} is not supported: leave it out, or give {NEUTRAL[name][0]!r}",
                                "unsupported_parameter", name)
         elif name not in READ:

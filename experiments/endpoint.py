@@ -13,12 +13,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from experiments.completions import Answer, ApiError, Asked, event, parse
 from lorajax import language
+from lorajax.io.tensors import AdapterError
 from lorajax.serve.engine import Busy, Engine, Request, Stopped
 from lorajax.serve.residents import Refused
 from lorajax.serve.shelf import Found, Shelf
@@ -183,11 +185,15 @@ class Server:
             body = await asyncio.wait_for(self.body(request), min(self.o.timeout, BODY_SECONDS))
         except TimeoutError:
             raise ApiError(408, "the body did not come", "timeout", kind="timeout_error") from None
+        except ClientDisconnect:
+            raise ApiError(499, "the client has gone", "cancelled") from None
         asked = parse(body, self.model.net.config.vocab_size)
         adapter, ids = None, asked.prompt
         if asked.model != BASE:
             try:
                 adapter = await asyncio.to_thread(self.shelf.find, asked.model)
+            except AdapterError as error:
+                raise refusal(error) from None
             except ValueError as error:
                 raise ApiError(404, f"{error}; and '{BASE}'", "model_not_found", "model") from None
         if isinstance(ids, str):

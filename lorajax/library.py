@@ -50,6 +50,13 @@ GONE, PART = ".gone-", ".part-"
 ABANDONED = 24 * 3600
 """Seconds after which a version that was never finished is a killed writer's, and goes with the next `add`."""
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+LONGEST = 200
+"""Bytes of a name: file systems take 255, and what is written beside it has a longer one."""
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder may be called so."""
+    return NAME.fullmatch(name) is not None and len(name.encode()) <= LONGEST
 
 
 class Entry(NamedTuple):
@@ -109,12 +116,12 @@ class AdapterLibrary:
     # On disk
 
     def list(self) -> Sequence[Entry]:
-        """Every version of every adapter that is complete, by name and version."""
+        """Every version of every adapter that is complete, by name and version. One whose record is damaged is left
+        out; `find` says so of it."""
         found: dict[tuple[str, int], Entry] = {}
-        for folder in reversed(self.folders):  # the first folder wins
-            for file in folder.glob(f"[!.]*/[0-9]*/{ENTRY}"):
-                entry = self._entry(file.parent)
-                if entry is not None:
+        for folder in reversed(self._versions("[!.]*")):  # the first folder wins
+            with contextlib.suppress(AdapterError):
+                if (entry := self._entry(folder)) is not None:
                     found[entry.name, entry.version] = entry
         return [found[key] for key in sorted(found)]
 
@@ -124,12 +131,14 @@ class AdapterLibrary:
         return [e for e in newest.values() if fnmatch.fnmatchcase(e.name, pattern) and (where is None or where(e))]
 
     def find(self, name: str) -> Entry:
-        """The entry of 'name@version', or of the newest version of 'name'. ValueError naming the nearest if none."""
+        """The entry of 'name@version', or of the newest version of 'name'. ValueError naming the nearest if none, and
+        AdapterError where its record is damaged; other adapters are not read."""
         wanted, _, version = name.partition("@")
-        entries = self.list()
-        for entry in reversed(entries):
-            if entry.name == wanted and version in ("", str(entry.version)):
+        versions = self._versions(wanted) if is_name(wanted) else []
+        for folder in sorted(versions, key=lambda folder: -int(folder.name)):
+            if version in ("", folder.name) and (entry := self._entry(folder)) is not None:
                 return entry
+        entries = self.list()
         near = difflib.get_close_matches(name, [e.id for e in entries], n=1, cutoff=0.0)
         there = f"the nearest is {near[0]!r}" if near else "there is none yet"
         raise ValueError(f"no adapter {name!r} in {', '.join(map(str, self.folders))}: {there}")
@@ -139,8 +148,9 @@ class AdapterLibrary:
         """Writes a new version and returns its entry. adapt, trainable, frozen: as trained, any variant; names: as in
         `adapter.save`. metrics: what JSON can hold; arrays become numbers and lists. ValueError for a name that is no
         name of a folder, and for other metrics."""
-        if not NAME.fullmatch(name):
-            raise ValueError(f"name={name!r}: letters, digits and '_', '.', '+', '-', and a letter or digit first")
+        if not is_name(name):
+            raise ValueError(f"name={name!r}: letters, digits and '_', '.', '+', '-', a letter or digit first, at most "
+                             f"{LONGEST} bytes")
         told = _plain(metrics or {})
         home = self.folders[0] / name
         for left in home.glob(f"{PART}*"):
@@ -278,6 +288,11 @@ class AdapterLibrary:
                                        b.astype(like.B.dtype))
         return filled
 
+    def _versions(self, name: str) -> Sequence[Path]:
+        """The folders of all versions of a name, or of those that fit a shell pattern."""
+        found = [file.parent for folder in self.folders for file in folder.glob(f"{name}/[0-9]*/{ENTRY}")]
+        return [folder for folder in found if folder.name.isdigit()]
+
     @staticmethod
     def _last(home: Path) -> int:
         """The largest version that is or was there, 0 for none."""
@@ -286,11 +301,11 @@ class AdapterLibrary:
 
     @staticmethod
     def _entry(folder: Path) -> Entry | None:
-        """None for one that was removed while it was read, and for a folder that is no version."""
-        if not folder.name.isdigit():
-            return None
+        """None for one that was removed while it was read."""
         try:
             row = read_json(folder / ENTRY)
+            if not row.keys() >= {"base", "metrics"}:
+                raise AdapterError(f"{str(folder / ENTRY)!r} has no base or no metrics: write the adapter again")
         except AdapterError:
             if folder.exists():
                 raise

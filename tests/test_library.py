@@ -231,3 +231,19 @@ def test_a_damaged_file_is_an_error_that_can_be_repaired(library: Any) -> None:
         library.get("small")
     file.write_bytes(good)
     jnp.asarray(library.get("small")["head"].A)
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}"])
+def test_a_damaged_record_is_no_business_of_the_others(library: Any, record: str) -> None:
+    broken = library.add("broken", *ONES["small"])
+    (broken.folder / "lorajax_library.json").write_text(record)
+    assert "broken@1" not in [entry.id for entry in library.list()]
+    library.get("small")
+    with pytest.raises(adapter.AdapterError, match="lorajax_library.json"):
+        library.get("broken")
+    assert library.add("broken", *ONES["small"]).version == 2
+    library.get("broken")
+    with pytest.raises(adapter.AdapterError, match="lorajax_library.json"):
+        library.find("broken@1")
+    with pytest.raises(ValueError, match="no adapter 'broken@3'"):
+        library.find("broken@3")

@@ -18,7 +18,7 @@ import serving
 from serving import PROMPTS, World
 
 from experiments import serve
-from experiments.completions import ApiError, parse
+from experiments.completions import NEUTRAL, READ, ApiError, parse
 from lorajax.serve.engine import Busy, Counts, Stopped
 from lorajax.serve.residents import Refused
 
@@ -138,6 +138,8 @@ REFUSED: list[tuple[Any, int, str, str]] = [
     (b"[" * 9000, 400, "invalid_json", "no JSON"), (b" " * 20001, 413, "body_too_large", "more than 20000 bytes"),
     (ask("two-3"), 404, "model_not_found", "no adapter 'two-3'; there are: one-0, one-1"),
     (ask("../adapters/one-0"), 404, "model_not_found", "no adapter"),
+    (ask("x" * 1000), 404, "model_not_found", "no adapter 'xxx"),
+    (ask("a" + "é" * 150 + "@1"), 404, "model_not_found", "no adapter"),
     (ask("one-0", "x" * 600), 400, "context_length_exceeded", "slots hold 128 together"),
     (ask("base", max_tokens=128), 400, "context_length_exceeded", "max_tokens=128"),
     (ask("base", ""), 400, "invalid_value", "prompt has to be one text"),
@@ -169,6 +171,11 @@ async def faults(url: str) -> None:
             async with client.stream("POST", "/v1/completions", json=ask(f"one-{i}", max_tokens=100, stream=True)) as s:
                 async for _ in s.aiter_lines():
                     break  # and hang up
+    host, port = re.findall(r"//(.*):(\d+)", url)[0]
+    _, half = await asyncio.open_connection(host, int(port))
+    half.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
+    await half.drain()
+    half.close()  # in the middle of a body
 
 
 async def adapters_come_and_go(url: str, world: World, tmp: Path) -> None:
@@ -263,6 +270,7 @@ def test_many_clients_many_adapters_and_faults(tmp_path: Path) -> None:
                         ("prefill", "decode", "write")} == {"prefill": 2, "decode": 1, "write": 1}  # fmt: skip
                 assert found["lorajax_adapters_on_device"] == 5
                 assert found['lorajax_refused_total{status="429"}'] >= 5
+                assert 'lorajax_refused_total{status="500"}' not in found
                 assert sum(v for k, v in found.items() if "requests_total" in k and '"cancelled"' in k) >= 8
                 assert found["lorajax_decode_rows"] > 1.5 * found["lorajax_decode_steps"]
                 await the_end(url, world, server)
@@ -275,6 +283,13 @@ def test_many_clients_many_adapters_and_faults(tmp_path: Path) -> None:
     finally:
         server.kill()
         print(server.communicate()[0])
+
+
+def test_null_is_the_default() -> None:
+    null = {name: None for name in (*READ, *NEUTRAL) if name not in ("model", "prompt")}
+    seed = {"seed": 3}
+    assert parse(json.dumps({"model": "a", "prompt": "b", **null, **seed}).encode(), 9) == parse(
+        json.dumps({"model": "a", "prompt": "b", **seed}).encode(), 9)
 
 
 def test_what_takes_too_long_and_what_fails_has_an_answer() -> None:

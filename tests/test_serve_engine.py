@@ -214,6 +214,10 @@ def test_a_shelf_finds_what_is_there_and_refuses_another_base(mistral: Tiny, tmp
     for name in ("gone", "half.part", "kept@3", "../run", ".run", ""):
         with pytest.raises(ValueError, match=r"no adapter '.*'; there are: kept, own, peft, run, strange"):
             shelf.find(name)
+    (shelf.library.add("worn", *plain).folder / "lorajax_library.json").write_text("{")
+    assert "worn" not in [found.name for found in shelf.list()]
+    with pytest.raises(adapter.AdapterError, match="worn/1/lorajax_library.json' is not JSON"):
+        shelf.find("worn")
     was = shelf.find("run")
     shutil.rmtree(was.folder)
     with pytest.raises(FileNotFoundError, match="adapter 'run' was removed"):

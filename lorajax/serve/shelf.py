@@ -18,8 +18,8 @@ from lorajax.core.adapt import adapt as make_adapt
 from lorajax.core.sites import Sites
 from lorajax.io import adapter, peft
 from lorajax.io.peft_names import Names
-from lorajax.io.tensors import read_json
-from lorajax.library import NAME, AdapterLibrary, Entry
+from lorajax.io.tensors import AdapterError, read_json
+from lorajax.library import AdapterLibrary, Entry, is_name
 from lorajax.variants.lora import LoRA
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", adapter.RECORD, adapter.OWN)
@@ -51,12 +51,15 @@ class Shelf:
         return sorted([found for found in plain if found] + [_found(entry) for entry in self.library.search()])
 
     def find(self, name: str) -> Found:
-        """The adapter 'name', its newest version, or 'name@version'. ValueError naming the nearest if there is none."""
-        found = self._plain(self.folder / name) if NAME.fullmatch(name) else None
+        """The adapter 'name', its newest version, or 'name@version'. ValueError naming those there are where it is none
+        of them, AdapterError for a damaged record."""
+        found = self._plain(self.folder / name) if is_name(name) else None
         if found is not None:
             return found
         try:
             return _found(self.library.find(name))
+        except AdapterError:
+            raise
         except ValueError:
             there = ", ".join(found.name for found in self.list()[:20])
             raise ValueError(f"no adapter {name!r}; there are: {there or 'none'}") from None
