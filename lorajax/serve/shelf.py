@@ -86,7 +86,7 @@ class Shelf:
             return None
         files = [folder / name for name in FILES]
         try:
-            times = [file.stat().st_mtime_ns for file in files if file.is_file()]
+            times = [file.stat().st_ctime_ns for file in files if file.is_file()]  # a copy may keep st_mtime
         except FileNotFoundError:  # removed at this moment
             return None
         return Found(folder.name, max(times), "", folder) if times else None
