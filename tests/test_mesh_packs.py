@@ -19,9 +19,10 @@ from lorajax.sweep import each, fixed, product, zipit
 
 def get_config(arg=None):
     where = fixed(**{{"config": "lora", "arg.task": "sst2", "arg.model": "{0}", "arg.targets": "qv", "data": "{1}",
-                     "max_length": 16, "batch": 8, "eval_batch": 16, "epochs": 1.0, "log_every": 1, "shapes": 1,
+                     "max_length": 16, "batch": 8, "eval_batch": 16, "log_every": 1, "shapes": 1,
                      "dropout": 0.1, "probe": False, "compute_dtype": "float32"}})
-    runs = zipit(each("arg.rank", [2, 3, 2]), each("lr", [1e-2, 3e-2, 1e-3]), each("seed", [0, 1, 2]))
+    runs = zipit(each("arg.rank", [2, 3, 2]), each("lr", [1e-2, 3e-2, 1e-3]), each("seed", [0, 1, 2]),
+                 each("epochs", [1.0, 0.5, 1.0]))
     return ConfigDict({{"trials": product(where, runs)}})
 '''
 
