@@ -129,6 +129,21 @@ def test_what_is_missing_is_named(given: Any, words: str) -> None:
     hosts.start(processes=1)
 
 
+def test_open_mpi_5_is_asked_through_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **how: asked.append(how))
+    monkeypatch.setattr(hosts, "writes", lambda: True)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MeshError, match="pip install mpi4py, which asks it, or give --coordinator"):
+        hosts.start()
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: object())
+    hosts.start()
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    hosts.start()
+    assert [how.get("cluster_detection_method") for how in asked] == ["mpi4py", None]
+
+
 def bad(words: list[str]) -> None:
     raise ValueError("not ours")
 

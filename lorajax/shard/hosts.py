@@ -39,9 +39,10 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
 
     coordinator: ``host:port`` of process 0. processes: how many there are. process: which this is, from 0. What is not
     given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without these JAX finds
-    all of them by itself on TPU pods, under SLURM's `srun` and under Open MPI's `mpirun`.
+    all of them by itself on TPU pods, under SLURM's `srun` and under Open MPI's `mpirun` (since Open MPI 5 through the
+    package mpi4py).
     From here on only process 0 prints on stdout.
-    Raises MeshError where some are given and others are missing.
+    Raises MeshError where some are given and others are missing, mpi4py among them.
     """
     env = os.environ.get
     coordinator = coordinator or env("JAX_COORDINATOR_ADDRESS", "")
@@ -62,6 +63,11 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         how |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     elif not _cluster():
         return
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ:  # since Open MPI 5
+        if importlib.util.find_spec("mpi4py") is None:
+            raise MeshError("this Open MPI's mpirun tells JAX no address: pip install mpi4py, which asks it, or give "
+                            "--coordinator=host:port, --processes and --process")
+        how |= {"cluster_detection_method": "mpi4py"}
     if not jax.distributed.is_initialized():
         jax.distributed.initialize(**how)
         if not writes():
