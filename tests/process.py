@@ -18,6 +18,7 @@ import optax
 
 import lorajax as lj
 from lorajax.control import adalora
+from lorajax.core.fingerprint import fingerprint
 from lorajax.models.parts import onto
 from lorajax.shard import hosts
 from lorajax.shard.mesh import make_mesh
@@ -60,7 +61,9 @@ def train(folder: Path, mesh: dict[str, int], fate: str = "") -> None:
     where = place.state(adapt, jax.eval_shape(begin, jax.random.key(1), trainable))
     step_fn = make_step(loss, adapt, tx, controller, shardings=(where, place.whole))
     share = place.share(ROWS)
-    with Run(folder, {}, tensorboard=False) as run, Checkpoints(run.checkpoints) as saved, stop_on_signal() as stop:
+    told = fingerprint({"base": base, "scalar": jax.device_put(np.float32(1), place.whole)})  # of all processes' parts
+    own = Run(folder, {}, fingerprints={"base": told}, tensorboard=False)
+    with own as run, Checkpoints(run.checkpoints) as saved, stop_on_signal() as stop:
         state = jax.jit(begin, out_shardings=where)(jax.random.key(1), trainable)
         if saved.latest() is not None:
             state, told = saved.restore(state)

@@ -44,7 +44,8 @@ def fingerprint(tree: Any) -> str:
 def _sample(leaf: Any) -> bytes:
     """Little-endian bytes of the sampled elements."""
     size = math.prod(leaf.shape)
-    if size <= SAMPLES and getattr(leaf, "is_fully_addressable", True):
+    here = getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated
+    if size <= SAMPLES and here:
         elements = np.asarray(leaf).reshape(-1)
     else:
         few = size <= SAMPLES  # a part of it may be on another host: read it as a large one is
