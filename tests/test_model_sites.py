@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lorajax as lj
+from experiments.bench.shapes import SHAPES
 from lorajax.models import (
     GPT2,
     T5,
@@ -25,6 +26,7 @@ from lorajax.models import (
     ViTConfig,
     Whisper,
     WhisperConfig,
+    model_from_hf,
 )
 from lorajax.variants import LoRA
 
@@ -95,3 +97,22 @@ def test_lift_equals_merge(name: str) -> None:
     np.testing.assert_allclose(lifted, merged, atol=2e-4, rtol=2e-4)
     zero = run(jax.tree.map(jnp.zeros_like, trainable))
     assert float(jnp.abs(lifted - zero).max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-bert"])
+def test_roles_where_the_attention_is_one_operation(kind, monkeypatch):
+    """cuDNN's fused attention shows the same query, key, value and output as two products do. Traced only."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    for check in ("check_cudnn_version", "check_compute_capability"):
+        if hasattr(cudnn, check):
+            monkeypatch.setattr(cudnn, check, lambda *_: 99999)
+    ids, found = jnp.ones((2, 8), jnp.int32), []
+    for attention in ("xla", "cudnn"):
+        net = model_from_hf(SHAPES[kind], attention=attention, dtype=jnp.bfloat16)
+        plain = model_from_hf(SHAPES[kind], dtype=jnp.bfloat16)
+        params = jax.eval_shape(plain.init, jax.random.key(0), ids)
+        sites = lj.sites(net.apply, params, ids)
+        found.append({path: site.roles for path, site in sites.items()})
+    assert found[0] == found[1]
+    assert sum("query" in roles for roles in found[1].values()) == 2  # layers

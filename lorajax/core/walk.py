@@ -200,8 +200,21 @@ class Walker:
         sources = frozenset().union(*[v.sources for v in values])
         if eqn.primitive.name == "dot_general":
             return [self.product(eqn, *values)]
+        if eqn.primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's, of jax.nn.dot_product_attention
+            return self.fused(eqn, *values[:3])
         data = any(v.data for v in values)
         return [Activation(sources, _marks(eqn, values, out), data) for out in eqn.outvars]
+
+    def fused(self, eqn: Any, query: Activation, key: Activation, value: Activation) -> list[Any]:
+        """An attention in one operation: its result, and what its backward pass needs."""
+        for role, operand in (("query", query), ("key", key), ("value", value)):
+            self.found.consumed.update(operand.sources)
+            for path in operand.sources:
+                if isinstance(path, str):
+                    self.found.roles.setdefault(path, set()).add(role)
+        made = Product(query.sources | key.sources, value.sources, mixes_values=True)
+        data = query.data or key.data or value.data
+        return [Activation(frozenset([made]), (), data) for _ in eqn.outvars]
 
     def product(self, eqn: Any, left: Activation, right: Activation) -> Activation:
         """A product of activations. softmax(q k) v shows as two of them, the second contracting the keys' dimension."""
