@@ -185,6 +185,15 @@ def test_adapters_that_cannot_share_the_program_say_why(mistral: Tiny) -> None:
         mistral.adapters["odd"] = mistral.adapter(rules)
         with pytest.raises(Refused, match=words):
             mistral.residents.take("odd")
+    gone = mistral.ask(0)
+    gone[0].adapter = "later"
+    mistral.engine.cancel(gone[0])
+    mistral.residents.ready("later")
+    assert mistral.residents._reading["later"].exception()
+    mistral.engine.turn()  # what was read for it, a mistake here, is nobody's
+    mistral.adapters["later"] = mistral.adapters["plain"]
+    assert mistral.residents.take("later") >= 0
+    mistral.residents.give_back("later")
     first, second = (mistral.ask(number) for number in (0, 1))
     for request, _, _ in (first, second):
         request.adapter = "missing"

@@ -203,6 +203,7 @@ class Engine:
                 with self._changed:
                     self._waiting.remove(request)
                 self._start(self._running.index(None), request, place)
+        self.residents.forget({request.adapter for request in waiting if not request.cancelled})
 
     def _leave(self, request: Request, reason: str | Exception) -> None:
         with self._changed:

@@ -7,7 +7,7 @@ change. LoRA and its starts, DoRA, AdaLoRA, VeRA and whatever else has factors (
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -159,6 +159,11 @@ class Residents:
             self._reading[name] = self._pool.submit(lambda: scaled(self.form, *self._read(name)))
             self._reading[name].add_done_callback(lambda _: self.wake())
         return self._reading[name].done()
+
+    def forget(self, wanted: Collection[Hashable | None]) -> None:
+        """Drops what has been read, or could not be, that nobody wants any more."""
+        for name in [name for name, one in self._reading.items() if name not in wanted and one.done()]:
+            del self._reading[name]
 
     def take(self, name: Hashable | None) -> int:
         """The adapter's place in the bank, -1 for None; it stays there until as many `give_back`. What reading it
