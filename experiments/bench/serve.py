@@ -6,7 +6,7 @@
 The decoder is the 1.2B shape of `experiments.bench.mixed`, weights random, bfloat16; text i is for adapter i modulo
 their number, all of them on the device, each on every linear layer but the head. For each number of slots there come
 three texts a slot, twice: the first time compiles. `tokens/s` counts written tokens, prompts are in the time; `full` is
-the part of the slots that had a text, over all steps. No HTTP, no tokenizer. Not yet measured.
+the part of the slots that had a text, over all steps. No HTTP, no tokenizer. Measured: README, 'Serving'.
 """
 
 import argparse
