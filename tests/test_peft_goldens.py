@@ -9,6 +9,7 @@ from typing import Any
 
 import golden
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -16,8 +17,8 @@ from safetensors.numpy import load_file
 import lorajax as lj
 from lorajax.io import peft
 from lorajax.io.peft_names import to_theirs
-from lorajax.models import FAMILIES, adapter_names
-from lorajax.variants import LoHa
+from lorajax.models import FAMILIES, Llama, LlamaConfig, adapter_names
+from lorajax.variants import LoHa, LoRA
 
 SKIPPED = {
     "lora_lora_bias_gpt2": "its bias is our base's: test_lora_bias",
@@ -118,6 +119,31 @@ def test_lora_bias() -> None:
     biases = {row.names[0]: path for path, row in names.items()}
     for module in case.info["merged_samples"]:
         golden.close(trainable[biases[f"{module}.bias"]].w, case.expected[f"merged/{module}.bias"], atol=2e-5)
+
+
+def test_a_target_by_its_old_name_is_not_looked_for_by_its_new_one(tmp_path: Path) -> None:
+    """Mixtral's router is `block_sparse_moe.gate` in transformers 4 and `mlp.gate` in 5; a list says 'gate' for both."""
+    config = LlamaConfig(vocab_size=7, hidden_size=4, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=4,
+                         intermediate_size=4, experts=3)  # fmt: skip
+    old, new = (adapter_names(config, transformers=version) for version in (4, 5))
+    ids = jnp.ones((1, 2), jnp.int32)
+    params = golden.variables(Llama(config), ids)
+    sites = lj.sites(Llama(config).apply, params, ids)
+    adapt = lj.adapt(sites, [(".*/router/kernel", LoRA(1))])
+    peft.write(tmp_path / "a", adapt, *adapt.init(jax.random.key(0), params), old)
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["gate"]}))
+    assert set(peft.read(tmp_path / "a", sites, [new, old]).arrays) == set(adapt.plan)
+
+
+def test_a_base_in_half_precision_is_the_one_whose_table_the_file_repeats() -> None:
+    case = golden.load("lora_embedding_llama", param_dtype=jnp.bfloat16)
+    read(case)
+    other = golden.load("lora_embedding_llama", param_dtype=jnp.bfloat16)
+    embed = other.params["params"]["embed"]
+    embed["embedding"] = embed["embedding"] + 1
+    with pytest.raises(peft.AdapterError, match="this base has another one"):
+        read(other)
 
 
 @pytest.mark.parametrize("scan", [False, True])

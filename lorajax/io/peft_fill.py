@@ -39,11 +39,16 @@ def fill(found: Read, trainable: Mapping[str, Any], frozen: Frozen) -> tuple[dic
             raise AdapterError(f"{path} is scaled by the file, but no rule trains it: use the rules that were read")
         trainable[path] = trainable[path]._replace(w=trainable[path].w * jax.numpy.asarray(x, trainable[path].w.dtype))
     for path, w in found.base.items():
-        if path in frozen.base and not np.array_equal(np.asarray(frozen.base[path]), w):
+        if path in frozen.base and not _alike(np.asarray(frozen.base[path]), w):
             raise AdapterError(f"the file repeats the base's {path}, and this base has another one: load the base that "
                                f"the adapter was trained on (resized or trained embeddings belong to it)")
     frozen = frozen._replace(aux=aux)
     return trainable, _shared(found.shared, frozen) if found.shared or frozen.shared else frozen
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether they are the same but for the dtype that one of them was rounded to."""
+    return np.array_equal(one.astype(other.dtype), other) or np.array_equal(one, other.astype(one.dtype))
 
 
 def _shared(shared: Mapping[str, np.ndarray], frozen: Frozen) -> Frozen:

@@ -94,15 +94,16 @@ def parse(config: Config, tensors: Mapping[str, np.ndarray], sites: Sites, names
     if strange:
         raise AdapterError(f"tensor {next(iter(held[strange[0]].values()))!r}: this model has no module {strange[0]!r}"
                            f"{directory.unknown(strange[0], directory.modules)}{tied(sites)}")
-    absent = sorted(config.targeted(directory.modules) - held.keys())
+    there = {directory.modules[module] for module in held}  # a module may go by two names
+    absent = sorted(m for m in config.targeted(directory.modules) - held.keys() if directory.modules[m] not in there)
     if absent:
         raise AdapterError(f"{config.file}: the settings target {len(absent)} modules that the file has no tensors "
                            f"for: {', '.join(absent[:4])}. Download or write it again")
     asked = config.get("trainable_token_indices", None, list, dict) or {}
-    there = {module for module, suffixes in held.items() if ROWS in suffixes}
+    tables = {directory.modules[module] for module, suffixes in held.items() if ROWS in suffixes}
     named = list(asked) if isinstance(asked, dict) else []
-    missing = [module for module in directory.modules.keys() - there if config.matches(named, module)]
-    if asked and (missing or not there):
+    missing = [m for m, place in directory.modules.items() if place not in tables and config.matches(named, m)]
+    if asked and (missing or not tables):
         raise AdapterError(f"{config.file}: trainable_token_indices={asked!r}, and the file does not hold the rows. "
                            f"Download or write it again")
     choices, arrays = _adapters(config, method, held, tensors, sites, directory)
