@@ -12,9 +12,19 @@ SmolLM2-135M-Instruct from the package registry. `exact_match` is the official o
 questions; one training question in ten is held out to choose the best state. With `loss=dpo` the worse answers are
 constructed: the right one's reasoning with another number. `task=dolly` keeps the recipe and measures ROUGE-L.
 
-Measured (the last command with `--config.scan_layers=true --config.shapes=2`; one H100 shared with other runs, JAX
-0.11.2, bfloat16, 2026-11-22): perplexity of held-out answers 9.07 after the first epoch, the best, and 10.71 after the
-sixth; untrained 11.95. GSM8K, and what is written, not yet measured on a GPU; the commands are ready.
+Measured, all with `--config.scan_layers=true --config.shapes=2 --config.remat=full`, on one H200 shared by ten runs
+(JAX 0.11.2, bfloat16, 2026-11-22, seed 0):
+
+Dolly, the last command with `--config.epochs=2`: perplexity of held-out answers 9.06 after the first epoch, 9.02 after
+the second, untrained 11.95 (six epochs on an H100: 9.07 after the first, the best, and 10.71 after the sixth). Greedy
+answers, in percent: ROUGE-L 30.3 (untrained 16.7), BLEU 11.4 (4.1), chrF 23.8 (25.4). Loss on reviews 5.02 (5.21).
+
+DPO, the fourth command with `--config.epochs=1 --config.examples=2000 --config.generate=-1`, 125 steps: 99.9 % of
+held-out pairs are preferred rightly, and their loss is 0.345 (an adapter that changes nothing has log 2 = 0.693);
+perplexity of the right answers 3.91 (untrained 3.90), loss on dolly 2.815 (2.814).
+
+GSM8K with `--config.packing=true`: perplexity of held-out answers 1.96 after the first epoch and 1.88 after the second;
+time ended at step 535 of 1,116, so exact match is not yet measured.
 """
 
 from ml_collections import ConfigDict
