@@ -122,7 +122,7 @@ def test_lora_bias() -> None:
 
 
 def test_a_target_by_its_old_name_is_not_looked_for_by_its_new_one(tmp_path: Path) -> None:
-    """Mixtral's router is `block_sparse_moe.gate` in transformers 4 and `mlp.gate` in 5; a list says 'gate' for both."""
+    """Mixtral's router is `block_sparse_moe.gate` in transformers 4 and `mlp.gate` in 5; 'gate' names both."""
     config = LlamaConfig(vocab_size=7, hidden_size=4, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=4,
                          intermediate_size=4, experts=3)  # fmt: skip
     old, new = (adapter_names(config, transformers=version) for version in (4, 5))
