@@ -107,6 +107,9 @@ def test_the_fair_study_packs_the_rates_and_seeds_of_each_method() -> None:
     launches = [launch(t, workdir="runs", resume=True) for t in load_study("configs/studies/fair_glue.py:task=rte")]
     assert {one.name.partition(",")[0] for one in launches} == FAIR
     assert len({(*one.said.items(), one.name) for one in launches}) == 15 * 8
+    highest = {name: max(one.config.lr for one in launches if one.name.partition(",")[0] == name) for name in FAIR}
+    assert {name for name, lr in highest.items() if lr != 3.2e-2} == {"vera", "head"}  # best at the edge, measured
+    assert highest["vera"] == highest["head"] == 3.2e-1
     found = plan(launches, 0)
     assert [len(group.launches) for group in found] == [40] * 15
     assert {group.differ for group in found} == {("lr", "seed")}

@@ -7,8 +7,9 @@ r"""The fair comparison: 15 methods x 8 learning rates x 5 seeds on SST-2, MRPC,
     python -m lorajax.report runs/fair_glue --reference=lora --plots=plots --into=README.md --section=fair
 
 Methods tie once each is trained at its own learning rate (arXiv 2602.04998), while published tables compare one seed at
-one rate. So every method gets the same eight rates, half a decade apart from 1e-5 to 3e-2; the table takes the rate
-that is best on some seeds and scores it on the others (`lorajax.report`). What is no part of a method is the same for
+one rate. So every method gets eight rates, half a decade apart from 1e-5 to 3e-2 (VeRA and the head, whose best is
+higher, from 1e-4 to 3e-1); the table takes the rate that is best on some seeds and scores it on the others
+(`lorajax.report`). What is no part of a method is the same for
 all (`recipe=fair` in configs/base.py): 600 steps of 16 examples, linear warm-up and decay, no dropout, no decay of
 weights, the head at a rate of its own (1e-3; in `head`, at the rate that is swept), one evaluation, at the end, so that
 no step is chosen on the split that is reported. 600 steps see 9600 examples: of SST-2's 67,349 a random 9600 that
@@ -29,9 +30,10 @@ compilations of a training step (AdaLoRA five), which go on in the background. W
 time for a machine that is lent for ten, and the same command goes on; `--adapters=false` leaves the numbers alone
 (else full fine-tuning leaves 200 adapters of 90 MB).
 
-Time on one H100 or H200: not yet measured. In steps of 16 x 64 tokens the grid is 1.98 million steps of one run. At the
-0.24 ms that a prototype took of them (H200, 64 runs at once, query and value alone) that is 8 minutes; all linear
-layers, DoRA, LoHa, VeRA's rank 256 and full fine-tuning cost more, for which 600 steps leave room up to 0.75 ms.
+Measured (one H200, 20 CPU cores, JAX 0.11.2, 2026-11-22): 1,600 of the 3,000 runs in 865 s over three calls of the
+command, starting and compiling included, with PEFT's runs on the same GPU in 406 s of them: SST-2, CoLA and 10 methods
+of STS-B. Without those runs beside it a pack of 40 took 7 to 20 s; the whole grid is not yet measured. Scores in
+README, where VeRA and the head still had the others' rates.
 """
 
 from typing import Any
@@ -58,18 +60,20 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"config": "full"},
     {"config": "head"},
 )
-RATES: tuple[float, ...] = (1e-5, 3.2e-5, 1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2)
+RATES: tuple[float, ...] = (1e-5, 3.2e-5, 1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1, 3.2e-1)
+HIGHER = ("vera", "head")  # at the first eight rates their best was the eighth
 TASKS = ("sst2", "cola", "stsb", "mrpc", "rte")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = config.arguments(arg, task="all", model="minilm", smoke=False)
     tasks = TASKS if args.task == "all" else (args.task,)
-    methods, rates, seeds = METHODS, RATES, range(5)
+    methods, low, high, seeds = METHODS, RATES[:8], RATES[2:], range(5)
     if args.smoke:  # two programs
-        tasks, methods, rates, seeds = tasks[:1], (METHODS[0], METHODS[-1]), RATES[4:6], range(2)
+        tasks, methods, seeds = tasks[:1], (METHODS[0], METHODS[-1]), range(2)
+        low = high = RATES[4:6]
     where = fixed(**{"study": "fair_glue", "arg.recipe": "fair", "arg.model": args.model, "arg.smoke": args.smoke})
     c = ConfigDict({"args": args})
-    c.trials = product(where, each("arg.task", tasks), chain(*([dict(method)] for method in methods)),
-                       each("lr", rates), each("seed", seeds))  # fmt: skip
+    tuned = [product([dict(one)], each("lr", high if one["config"] in HIGHER else low)) for one in methods]
+    c.trials = product(where, each("arg.task", tasks), chain(*tuned), each("seed", seeds))
     return c
