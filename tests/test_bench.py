@@ -61,7 +61,7 @@ def test_the_scaling_table_has_a_row_for_each_layout(capsys: Any, tmp_path: Path
     assert fsdp["memory GiB"] < one["memory GiB"]
     assert json.loads(kept.read_text())["rows"] == rows
     assert kept.with_suffix(".md").read_text().count("tiny") == 3
-    scaling.main(["--runs", "tiny:one", "--devices", "2", "--seconds", "-1"])
+    scaling.main(["--runs", "tiny:one", "--devices", "2", "--seconds", "-1", "--scan"])
     assert "tiny one: not measured, -1 s are over" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="give model:layout"):
         scaling.main(["--runs", "tiny:two"])

@@ -3,12 +3,14 @@
     python -m experiments.bench.scaling --devices 2 --json scaling.json                   # two GPUs of one host
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.bench.scaling --runs tiny:one+data
 
-Random weights and tokens, scanned layers, LoRA of rank 16 on all linear layers, AdamW, bfloat16 on an accelerator. All
-layouts of a model train the same global batch, so `speedup`, over one device with that batch, is strong scaling; the
-layout `share` is one device with what one of several has of the batch, and `weak` is examples per second over its.
-Both are of `ms`, a step among `steps` that are dispatched one after another, median of three such rows; `waited` is
-the median of steps that are each waited for, as a loop does that looks at every loss. `memory` is XLA's own analysis
-of the compiled step: arguments and temporaries of one device. On forced host devices the times mean nothing.
+Random weights and tokens, LoRA of rank 16 on all linear layers, AdamW, bfloat16 on an accelerator, decoders with the
+fused attention on a GPU; layers unrolled, nothing computed again (`--scan`: scanned, decoders with full remat, which
+compiles faster, and sums gradients over devices once a layer instead of once a step). All layouts of a model train the
+same global batch, so `speedup`, over one device with it, is strong scaling; the layout `share` is one device with what
+one of several has of the batch, and `weak` is examples per second over its. Both are of `ms`, a step among `steps` that
+are dispatched one after another, median of three such rows; `waited` is the median of steps that are each waited for,
+as a loop does that looks at every loss. `memory` is XLA's own analysis of the compiled step: arguments and temporaries
+of one device. On forced host devices the times mean nothing.
 """
 
 import argparse
@@ -42,14 +44,16 @@ LAYOUTS = ("one", "share", "data", "fsdp", "tensor")
 RUNS = "bert-base:one+share+data,1.2b:one+share+data+fsdp+tensor,bert-base:fsdp+tensor"
 
 
-def model(case: str) -> tuple[str, Any]:
+def model(case: str, scan: bool) -> tuple[str, Any]:
     """(family, module) in the accelerator's own type."""
     kind: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    types: dict[str, Any] = {"dtype": kind, "param_dtype": kind}
+    types: dict[str, Any] = {"dtype": kind, "param_dtype": kind, "scan_layers": scan}
     if case == "bert-base":
-        return "bert", Bert(BertConfig(hidden_dropout=0.0, attention_dropout=0.0, scan_layers=True, **types))
+        return "bert", Bert(BertConfig(hidden_dropout=0.0, attention_dropout=0.0, **types))
     shape: dict[str, Any] = dict(zip(NAMES, SHAPES[case], strict=True))
-    return "llama", Llama(LlamaConfig(**shape, **types, scan_layers=True, remat="full"))
+    fused = "cudnn" if jax.default_backend() == "gpu" else None
+    how: dict[str, Any] = {"remat": "full" if scan else "none", "attention": fused}
+    return "llama", Llama(LlamaConfig(**shape, **types, **how))
 
 
 def loss_of(family: str, net: Any) -> Any:
@@ -63,11 +67,11 @@ def loss_of(family: str, net: Any) -> Any:
     return loss
 
 
-def measure(case: str, sizes: dict[str, int], parts: int, steps: int) -> dict[str, float]:
+def measure(case: str, sizes: dict[str, int], parts: int, steps: int, scan: bool) -> dict[str, float]:
     """Of one step on a mesh of `sizes`, its batch `parts` times a device's rows."""
     began = time.perf_counter()
     rows, length = CASES[case][0] * parts, CASES[case][1]
-    family, net = model(case)
+    family, net = model(case, scan)
     place = Placement(make_mesh(sizes), (), FAMILIES[family])
     net = type(net)(dataclasses.replace(net.config, rows=place.rows()))
     few = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -106,7 +110,7 @@ def measure(case: str, sizes: dict[str, int], parts: int, steps: int) -> dict[st
             "waited": statistics.median(waited) * 1e3, "memory GiB": held / 2**30, "compiled in s": ready - began}
 
 
-def table(runs: str, devices: int, steps: int, seconds: float, file: Path | None) -> None:
+def table(runs: str, devices: int, steps: int, seconds: float, file: Path | None, scan: bool) -> None:
     began, where = time.perf_counter(), setting() | {"flags": os.environ.get("XLA_FLAGS", "none")}
     rows: list[dict[str, Any]] = []
     speed: dict[tuple[str, str], float] = {}
@@ -115,7 +119,7 @@ def table(runs: str, devices: int, steps: int, seconds: float, file: Path | None
             print(f"{case} {layout}: not measured, {seconds:g} s are over", flush=True)
             continue
         spread = layout not in ("one", "share")
-        found = measure(case, {layout: devices} if spread else {}, 1 if layout == "share" else devices, steps)
+        found = measure(case, {layout: devices} if spread else {}, 1 if layout == "share" else devices, steps, scan)
         per_second = speed[case, layout] = found["batch"] / found["ms"]
         speedup, weak = (per_second / speed.get((case, of), math.inf) for of in ("one", "share"))  # 0: not known
         rows.append({"model": case, "layout": f"{layout} {devices}" if spread else layout, **found, "speedup": speedup,
@@ -148,8 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no measurement after so many")
     parser.add_argument("--json", type=Path, help="write the numbers there, and the table beside it, after every line")
+    parser.add_argument("--scan", action="store_true", help="scanned layers, decoders with full remat")
     options = parser.parse_args(argv)
-    table(options.runs, options.devices, options.steps, options.seconds, options.json)
+    table(options.runs, options.devices, options.steps, options.seconds, options.json, options.scan)
 
 
 if __name__ == "__main__":
