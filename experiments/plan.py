@@ -19,10 +19,11 @@ import optax
 
 import lorajax as lj
 from lorajax import build, config
+from lorajax.core.liveness import fullest, total
 from lorajax.core.sites import table
-from lorajax.core.summary import activations
 from lorajax.models import Llama, LlamaConfig
 from lorajax.models.frozen_head import frozen_head_loss
+from lorajax.models.fused_attention import fused_attention
 from lorajax.shard import hosts
 from lorajax.shard.machines import NAMED, machine
 from lorajax.shard.mesh import BATCH, MeshError, make_mesh, sizes_of
@@ -55,21 +56,18 @@ def main(argv: list[str]) -> None:
     print(described(adapt.sites.leaves, found, sizes), "\n")
     state = jax.eval_shape(optax.adamw(1e-3).init, adapt.shapes[0])
     parts = resident(adapt, sizes, rules, usual, state) | {"gathered layers": gathered(adapt, sizes, rules, usual)}
-    total = sum(x.size for x in adapt.sites.leaves.values())
-    print(f"{total / 1e9:.2f} billion parameters, {adapt.count() / 1e6:.1f} million trained; {c.batch} x "
+    count = sum(x.size for x in adapt.sites.leaves.values())
+    print(f"{count / 1e9:.2f} billion parameters, {adapt.count() / 1e6:.1f} million trained; {c.batch} x "
           f"{c.max_length} tokens, {rows} rows on a device")
 
     own = {"remat": "", **{name: gib(n) for name, n in parts.items()}}
     lines: list[tuple[str, ...]] = [(*own, "activations", "in all", f"of {where.memory / 2**30:.1f}", "FLOPs a step",
                                      "at least")]
     needs: dict[str, float] = {}
-    everything = 0
     for remat in POLICIES:
         local: Any = {name: per_device(getattr(whole, name), sizes["tensor"], name, "tensor") for name in SPLIT}
         share = dataclasses.replace(whole, remat=remat, **local)
-        kept = activations(adapted(c, share, rows), unformed(c, share))
-        everything = max(everything, kept)
-        kept += (everything - kept) // whole.num_layers
+        kept = activations(c, share, rows)
         needs[remat] = sum(parts.values()) + kept
         work = step_flops(c, adapt, again=remat == "full")
         fits = "fits" if needs[remat] <= ROOM * where.memory else "too much"
@@ -96,11 +94,18 @@ def per_device(n: int, parts: int, what: str, axes: str) -> int:
     return n // parts
 
 
-def unformed(c: Any, settings: LlamaConfig) -> Any:
-    # Shapes of attention's probabilities, where a fused kernel does without them.
-    heads = (settings.num_heads, settings.num_kv_heads)
-    fused = config.choose("attention", c.attention, {"": False, "xla": False, "cudnn": True})
-    return lambda shape: fused and shape[-2:] == (c.max_length, c.max_length) and shape[-3:-2] and shape[-3] in heads
+def activations(c: Any, settings: LlamaConfig, rows: int) -> int:
+    # Of one device, at the fullest point of a step.
+    fused = config.choose("attention", c.attention, {"": None, "xla": None, "cudnn": fused_attention})
+    adapt = adapted(c, settings, rows)
+    loss = lj.lift(objective(Llama(dataclasses.replace(settings, attention=fused)), head_trained(adapt)))
+    ids = jax.ShapeDtypeStruct((rows, c.max_length), jnp.int32)
+
+    def gradient(trainable: Any, frozen: Any, ids: Any) -> Any:
+        return jax.grad(lambda trainable: loss(adapt.bind(trainable, frozen), ids))(trainable)
+
+    with jax.numpy_dtype_promotion("standard"):
+        return total(fullest(jax.make_jaxpr(gradient)(*adapt.shapes, ids)))
 
 
 def objective(net: Any, trained_head: bool) -> Any:
@@ -143,7 +148,7 @@ def others(c: Any) -> str:
     # The named machines whose devices hold the base, adapters and one row's activations at full remat.
     whole = settings(c, remat="full")
     adapt = adapted(c, whole, c.batch)
-    kept = activations(adapted(c, whole, 1), unformed(c, whole))
+    kept = activations(c, whole, 1)
     state = jax.eval_shape(optax.adamw(1e-3).init, adapt.shapes[0])
     fit = []
     for name in NAMED:

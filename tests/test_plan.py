@@ -54,6 +54,23 @@ def test_what_xla_says_of_the_compiled_step(base: str) -> None:
                           *plan.build.sharding(c, "llama"), state)
 
 
+@pytest.mark.parametrize(("shape", "rows", "length", "base", "remat", "told"), [
+    ("1.2b", 8, 1024, "", "none", 11.75), ("1.2b", 8, 1024, "nf4", "none", 10.41),
+    ("8b", 2, 2048, "", "full", 15.99), ("8b", 2, 2048, "nf4", "full", 6.41),
+])  # fmt: skip
+def test_what_xla_said_on_an_h100(shape: str, rows: int, length: int, base: str, remat: str, told: float) -> None:
+    """GiB of arguments and temporaries of `experiments.bench.quant` (README, "Quantised bases")."""
+    c = config.parse([f"--config=configs/plan.py:shape={shape},machine=1xH100", "--config.model.vocab_size=32000",
+                      "--config.model.tie_embeddings=false", f"--config.batch={rows}", "--config.attention=cudnn",
+                      f"--config.max_length={length}", f"--config.quant.format={base}",
+                      f"--config.scan_layers={str(remat == 'full').lower()}"]).config  # fmt: skip
+    whole = plan.settings(c, remat=remat)
+    adapt = plan.adapted(c, whole, rows)
+    state = plan.jax.eval_shape(plan.optax.adamw(1e-3).init, adapt.shapes[0])
+    parts = plan.resident(adapt, {"fsdp": 1}, *plan.build.sharding(c, "llama"), state)
+    assert (sum(parts.values()) + plan.activations(c, whole, rows)) / 2**30 == pytest.approx(told, rel=0.05)
+
+
 def test_a_tied_head_costs_what_an_untied_one_does() -> None:
     def work(tied: str) -> tuple[float, int]:
         c = config.parse(["--config=configs/plan.py:shape=tiny,targets=qv", "--config.model.vocab_size=1024",

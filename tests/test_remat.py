@@ -13,8 +13,10 @@ from test_glue import files, folder, own_cache, rows, words  # noqa: F401
 import lorajax as lj
 from experiments import glue, members
 from lorajax import config
+from lorajax.core.liveness import fullest
 from lorajax.core.summary import activations
 from lorajax.models import GPT2, Bert, BertConfig, GPT2Config, Llama, LlamaConfig, ResNet, ResNetConfig, ViT, ViTConfig
+from lorajax.models.fused_attention import fused_attention
 from lorajax.models.settings import keeps_products
 from lorajax.train.remat import POLICIES, TooLarge, fitting
 
@@ -46,7 +48,14 @@ def adapted(net, x, remat):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_policy_keeps_less_than_the_one_before(name):
-    kept = [activations(adapted(*MODELS[name], remat)[1]) for remat in POLICIES]
+    net, x = MODELS[name]
+
+    def needs(layers, remat):
+        count = {"depths": (layers,)} if name == "resnet" else {"num_layers": layers}
+        deep = net.clone(config=dataclasses.replace(net.config, **count))
+        return activations(adapted(deep, x, remat)[1])
+
+    kept = [needs(3, remat) - needs(2, remat) for remat in POLICIES]  # of a layer, without what is worked on
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2]
 
 
@@ -78,13 +87,19 @@ def test_attention_keeps_one_array_for_each_product_and_no_probabilities(scanned
     assert kept(4, "dots_with_no_batch_dims_saveable") - kept(3, "dots_with_no_batch_dims_saveable") > 1.7 * one
 
 
-def test_attention_names_the_fused_kernel(monkeypatch):
-    """cuDNN's forward pass is run once, by a policy that keeps dots alone twice. Traced only: there is no GPU here."""
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's cuDNN attention, to be traced: there is no GPU here."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     for check in ("check_cudnn_version", "check_compute_capability"):
         if hasattr(cudnn, check):
             monkeypatch.setattr(cudnn, check, lambda *_: 99999)
+    return cudnn
+
+
+def test_attention_names_the_fused_kernel(cudnn):
+    """cuDNN's forward pass is run once, by a policy that keeps dots alone twice."""
     q = jnp.ones((1, 64, 2, 64), jnp.bfloat16)
 
     def runs(policy):
@@ -97,6 +112,22 @@ def test_attention_names_the_fused_kernel(monkeypatch):
 
     assert runs(keeps_products) == 1
     assert runs(jax.checkpoint_policies.dots_with_no_batch_dims_saveable) == 2
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_the_planned_kernel_needs_what_cudnn_does(cudnn, remat):
+    heads = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+    run = dataclasses.replace(LLAMA, **heads, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=remat)
+    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    params = jax.eval_shape(Llama(run).init, jax.random.key(0), IDS)
+
+    def needs(attention):
+        net = Llama(dataclasses.replace(run, attention=attention))
+        fn = jax.grad(lambda params, ids: net.apply(params, ids, method="hidden").astype(jnp.float32).sum())
+        with jax.numpy_dtype_promotion("standard"):
+            return sorted((x.shape, str(x.dtype)) for x in fullest(jax.make_jaxpr(fn)(params, ids)) if x.size)
+
+    assert needs(fused_attention) == needs("cudnn")
 
 
 def needing(**sizes):

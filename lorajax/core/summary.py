@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 
 from lorajax.core.bound import is_bound
 from lorajax.core.lift import lift
+from lorajax.core.liveness import fullest, total
 from lorajax.core.packed import is_packed
 from lorajax.core.sites import table
 from lorajax.core.variant import Full, Variant
@@ -27,39 +27,29 @@ def trained(adapt: Any, trainable: Any) -> dict[str, int]:
             for name, tree in trainable.items()}
 
 
-def size(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
-               if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
-
-
-def activations(adapt: Any, never: Callable[[tuple[int, ...]], bool] = lambda shape: False) -> int:
-    """Bytes that the backward pass keeps from the forward pass for the traced arguments, weights not counted, nor
-    arrays of a shape that a fused kernel `never` makes.
-
-    From an abstract trace: what the compiler recomputes or never stores makes the truth smaller.
-    """
+def activations(adapt: Any) -> int:
+    """Bytes that a step for the traced arguments needs at its fullest beside its arguments, its results and their
+    gradients: what the backward pass keeps from the forward pass and what either works on, as `fullest` has it."""
     call, inputs = adapt.sites.trace
     trainable, frozen = adapt.shapes
 
-    def forward(trainable, frozen, inputs):
-        def run(trainable):
-            weights = jax.tree.leaves(adapt.bind(trainable, frozen), is_leaf=lambda x: is_bound(x) or is_packed(x))
-            return lift(call)(weights, inputs)
-        return jax.vjp(run, trainable)[1]
+    def run(trainable: Any, frozen: Any, inputs: Any) -> list[jax.Array]:
+        weights = jax.tree.leaves(adapt.bind(trainable, frozen), is_leaf=lambda x: is_bound(x) or is_packed(x))
+        results = jax.tree.leaves(lift(call)(weights, inputs))
+        return [x for x in results if jax.dtypes.issubdtype(x.dtype, np.inexact)]
 
-    jaxpr = jax.make_jaxpr(forward)(trainable, frozen, inputs)
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    given = set(map(id, jaxpr.invars))
-    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given and hasattr(v, "aval")}
-    return size([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept.values() if not never(a.shape)])
+    def step(trainable: Any, frozen: Any, inputs: Any, by: Any) -> Any:
+        return jax.vjp(lambda trainable: run(trainable, frozen, inputs), trainable)[1](by)
+
+    by = jax.eval_shape(run, trainable, frozen, inputs)
+    return total(fullest(jax.make_jaxpr(step)(trainable, frozen, inputs, by)))
 
 
 def memory(adapt: Any) -> dict[str, int]:
     """Bytes of a training step with Adam for the traced arguments, by what they hold."""
     trainable, frozen = adapt.shapes
-    own = size(trainable)
-    return {"frozen": size(frozen), "trainable": own, "gradients": own, "moments": 2 * own,
+    own = total(trainable)
+    return {"frozen": total(frozen), "trainable": own, "gradients": own, "moments": 2 * own,
             "activations": activations(adapt)}
 
 

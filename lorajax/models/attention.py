@@ -41,6 +41,8 @@ def attend(
     never form, so it takes the plain path.
     """
     if drop is None:
+        if callable(implementation):
+            return implementation(q, k, v)
         if implementation == "cudnn" and mask is not None:  # its bias has every query and key
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
         # JAX's function mixes bf16 with float32, which strict promotion forbids. This context covers the forward

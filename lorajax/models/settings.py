@@ -56,14 +56,15 @@ class Execution:
     attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla' or 'cudnn' (fused, on
         NVIDIA GPUs with a 16-bit dtype and a head size that 8 divides). Causal mask and window are the kernel's own.
         Padding, segments of packed rows and caches reach it as a 16-bit bias (B, 1, T, S) for each query and key; the
-        probabilities, (B, N, T, S), are never formed. Dropout of these needs them, so it takes the plain path.
+        probabilities, (B, N, T, S), are never formed. Dropout of these needs them, so it takes the plain path. A
+        function (q, k, v) stands for a kernel where there is none (`fused_attention`).
     """
 
     dtype: Any = field(default=jnp.float32)
     param_dtype: Any = field(default=jnp.float32)
     scan_layers: bool = False
     remat: str = "none"
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: Literal["xla", "cudnn"] | Callable[..., Any] | None = None
     rows: Any = None
 
     def __post_init__(self) -> None:

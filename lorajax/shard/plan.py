@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from lorajax.core.adapt import Adapt
+from lorajax.core.liveness import size
 from lorajax.core.sites import Site
 from lorajax.core.variant import Full
 from lorajax.shard.follow import adapter_specs, state_specs
@@ -20,7 +20,7 @@ from lorajax.shard.rules import Rule, specs, ways
 def held(tree: Any, places: Any, sizes: Mapping[str, int]) -> int:
     """Bytes of a tree of shapes on one device, by a tree of PartitionSpecs."""
     leaves = jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return sum(_bytes(x) // math.prod(ways(entry, sizes) for entry in spec)
+    return sum(size(x) // math.prod(ways(entry, sizes) for entry in spec)
                for x, spec in zip(jax.tree.leaves(tree), leaves, strict=True))
 
 
@@ -50,7 +50,7 @@ def gathered(adapt: Adapt, sizes: Mapping[str, int], rules: Sequence[Rule], defa
             continue
         parts = math.prod(ways(tuple(a for a in _names(e) if a != "fsdp"), sizes) for e in base[path])
         name = "/".join(part for part in path.split("/") if part.startswith("layer")) or path
-        layers[name] = layers.get(name, 0) + _bytes(site) // parts // math.prod(site.stack_shape)
+        layers[name] = layers.get(name, 0) + size(site) // parts // math.prod(site.stack_shape)
     return 2 * max(layers.values(), default=0)
 
 
@@ -70,11 +70,6 @@ def flops(adapt: Adapt, tokens: int, again: bool = False) -> float:
 def _multiplies(site: Site) -> bool:
     """Whether a product reads it; of a tied table the logits do."""
     return any(use.op == "matmul" for use in site.uses)
-
-
-def _bytes(x: Any) -> int:
-    wide = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.dtype(x.dtype).itemsize
-    return math.prod(x.shape) * wide
 
 
 def _names(entry: Any) -> tuple[str, ...]:

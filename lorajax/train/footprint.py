@@ -1,8 +1,8 @@
 """The memory of a training step before anything is compiled: bytes of its arrays, from one abstract trace.
 
 What K runs of one program hold together is linear in K: the base once; for each run its adapters, optimizer and
-controller states, a gradient, and what the forward pass keeps for the backward pass. An estimate: XLA computes some of
-what is counted again and needs room of its own; `step_bytes` is its own count.
+controller states, a gradient, and what the passes have alive at their fullest (`core/liveness.py`). An estimate;
+`step_bytes` is XLA's own count.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from lorajax.core.liveness import fullest, size, total
 from lorajax.train.pack import Parts
 from lorajax.train.step import init_state
 
@@ -32,8 +32,8 @@ class Footprint(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Bytes that a forward pass keeps for the backward pass, by the power of the length that they grow with: of each
-    row alone, of each token, of each pair of tokens."""
+    """Bytes of what a step has alive at its fullest, by the power of the length that they grow with: of each row alone,
+    of each token, of each pair of tokens."""
 
     row: float
     token: float
@@ -51,17 +51,17 @@ def footprint(parts: Parts, params: Any, batch: Any, activations: Activations | 
     trainable, frozen, state = _state(parts, params)
     found = activations or kept(parts, params, batch)
     # The state; its successor, of which XLA reuses most (donation); the best so far, adapters and controller.
-    best = _bytes((state.trainable, state.control))
+    best = total((state.trainable, state.control))
     gradient = sum(4 * x.size for x in jax.tree.leaves(trainable))
-    return Footprint(_bytes((frozen.base, frozen.shared)),
-                     _bytes((state, frozen.aux)) + best + 2 * gradient + found.of(*_size(batch)))
+    return Footprint(total((frozen.base, frozen.shared)),
+                     total((state, frozen.aux)) + best + 2 * gradient + found.of(*_size(batch)))
 
 
 def kept(parts: Parts, params: Any, batch: Any, tokens: bool = False) -> Activations:
-    """From one abstract trace: the residuals of `jax.vjp` on a batch with a prime number of times its rows, one that
-    divides no dimension of a weight; so each array's size says whether it grows with them. The weights among them do
-    not, and the base has them already. tokens: the second axis, of those that have one, are tokens; their number is
-    made such a prime too, below what it is (0 tokens known where there is none)."""
+    """From one abstract trace: what a step has alive at its fullest (`liveness.fullest`), on a batch with a prime
+    number of times its rows, one that divides no dimension of a weight; so each array's size says whether it grows with
+    them. tokens: the second axis, of those that have one, are tokens; their number is made such a prime too, below what
+    it is (0 tokens known where there is none)."""
     trainable, frozen, state = _state(parts, params)
     dims = {n for x in jax.tree.leaves((params, trainable, frozen.aux)) for n in x.shape if n}
     free = [n for n in range(5, 1024) if all(n % k for k in range(2, n)) and all(d % n for d in dims)]
@@ -73,17 +73,17 @@ def kept(parts: Parts, params: Any, batch: Any, tokens: bool = False) -> Activat
         second = (q, *x.shape[2:]) if q > 1 and len(x.shape) > 1 else x.shape[1:]
         return jax.ShapeDtypeStruct((p * x.shape[0], *second), x.dtype)
 
-    def residuals(control: Any, trainable: Any, frozen: Any, batch: Any) -> Any:
+    def gradient(control: Any, trainable: Any, frozen: Any, batch: Any) -> Any:
         masks = parts.controller.masks(control)
         loss = lambda t: parts.loss(parts.adapt.bind(t, frozen, key=key, masks=masks), batch, key)[0]  # noqa: E731
-        return jax.vjp(loss, trainable)[1]
+        return jax.grad(loss)(trainable)
 
-    found = jax.eval_shape(residuals, state.control, trainable, frozen, jax.tree.map(grown, batch))
+    found = fullest(jax.make_jaxpr(gradient)(state.control, trainable, frozen, jax.tree.map(grown, batch)))
     powers = [0.0, 0.0, 0.0]
-    for x in jax.tree.leaves(found):
+    for x in found:
         if x.size % p == 0 and rows:
             power = 0 if q == 1 else 2 if x.size % q**2 == 0 else int(x.size % q == 0)
-            powers[power] += _bytes(x) / (p * rows * q**power)
+            powers[power] += size(x) / (p * rows * q**power)
     return Activations(*powers)
 
 
@@ -119,8 +119,3 @@ def device_bytes() -> int | None:
     """Memory of the first device that programs may use, None where it does not say (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * jnp.dtype(x.dtype).itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8 * x.size
-               for x in jax.tree.leaves(tree))
