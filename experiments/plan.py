@@ -2,10 +2,11 @@
 
     python -m experiments.plan --config configs/plan.py:shape=70b,machine=v5p-64 [--config.mesh.tensor=4] [--compile]
 
-Activations are what the backward pass keeps of the forward pass in an abstract trace of one device's share (its rows;
-along `tensor` its heads, feed-forward columns and vocabulary), by remat policy, and of the layer that is being
-recomputed all; a compiler keeps less where it fuses, and needs room for temporaries. --compile also compiles the step,
-where there are as many devices (forced host devices will do), and prints XLA's own memory analysis of it.
+Activations are what a step has alive at its fullest beside its arguments, by remat policy, in an abstract trace of one
+device's share (its rows; along `tensor` its heads, feed-forward columns and vocabulary), without what a compiler fuses
+(`lorajax/core/liveness.py`). README, "On several GPUs", compares the sums with XLA's for an H100. Not counted: copies
+in another layout, which XLA's own attention needs, and room that cuBLAS asks for (32 MiB on an H100). --compile also
+compiles the step, where there are as many devices (forced host devices will do), and prints XLA's memory analysis.
 """
 
 import dataclasses
