@@ -7,16 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lorajax import config
 
 ROOT = Path(__file__).parents[1]
 
 
-def example() -> str:
+def example(number: int = 0) -> str:
+    """The twenty lines, and what makes them those of a mesh."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
-    return blocks[0]
+    assert len(blocks) == 2
+    return blocks[number]
 
 
 def test_example_has_twenty_lines() -> None:
@@ -50,6 +52,22 @@ def test_example_learns_and_merges() -> None:
     np.testing.assert_allclose(
         names["lifted"](bound, names["x"]), names["model"].apply(names["merged"], names["x"]), rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_example_on_a_mesh_has_the_gradients_of_one_device() -> None:
+    names: dict[str, Any] = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(example().replace("range(50)", "range(0)"), "README.md", "exec"), names)
+    alone = names["gradient"](names["trainable"])
+    exec(compile(example(1), "README.md", "exec"), names)
+    spread = jax.jit(jax.grad(names["loss"]))(names["trainable"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), alone, spread)
+    path = "params/layers_0/kernel"
+    assert names["frozen"].base[path].sharding.spec == P(None, "tensor")
+    assert names["trainable"][path].B.sharding.spec == P(None, "tensor")
+    moments = names["opt_state"].inner_states["b"].inner_state[0].mu
+    assert moments[path].B.sharding.spec == P(None, "tensor")
+    assert names["x"].sharding.spec == P("data")
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/adding_a_variant.md"])
