@@ -91,6 +91,17 @@ def test_full_remat_keeps_what_enters_a_layer() -> None:
     assert needs(5, plain) - needs(4, plain) > 4 * ROWS * WIDE
 
 
+def test_what_two_layers_share_is_there_once() -> None:
+    """Each of them reads it behind a barrier of its own."""
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        shared = jnp.sin(x[:7] @ w)
+        layer = jax.checkpoint(lambda x, shared: jnp.sin(x @ w @ shared.T) @ shared)
+        return layer(layer(x, shared), shared).sum()
+
+    found = fullest(jax.make_jaxpr(jax.grad(loss))(X, jax.ShapeDtypeStruct((WIDE, WIDE), jnp.float32)))
+    assert [x.shape for x in found].count((7, WIDE)) == 2  # it, and what it is the sine of
+
+
 def test_a_scan_stacks_what_its_layers_keep() -> None:
     def run(depth: int) -> list[Any]:
         def loss(x: jax.Array, w: jax.Array) -> jax.Array:
