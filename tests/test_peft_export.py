@@ -77,6 +77,8 @@ CASES: dict[str, Any] = {
     "vera": [(r".*/(query|down)/kernel", VeRA(4)), HEAD],
     "all biases": [(QV, LoRA(2)), (r".*/bias", lj.Full())],
     "their biases": [(QV, LoRA(2)), (r".*/(query|value)/bias", lj.Full())],
+    "one of their biases": [(QV, LoRA(2)), (r".*layer_0/attention/query/bias", lj.Full()), HEAD],
+    "one of theirs, one of the others": [(QV, LoRA(2)), (r".*layer_0/(attention/query|ffn/up)/bias", lj.Full())],
     "some biases": [(QV, LoRA(2)), (r".*layer_1/ffn/up/bias|.*/ffn_norm/.*", lj.Full())],
 }
 
@@ -129,7 +131,7 @@ def test_what_peft_has_no_form_for_says_so(base: Any, tmp_path: Path) -> None:
         ([(QV, DoRA(LoHa(2)))], "a DoRA of LoHa, which PEFT does not have: write it as a plain LoRA"),
         ([(r".*/query/kernel", MiSS(2)), (r".*/value/kernel", MiSS(4))], "one r for all modules.*has .2, 4."),
         ([(r".*/query/kernel", LoRA(2)), (r".*/value/kernel", LoRA(2, rslora=True))], "differ in .'use_rslora'."),
-        ([(QV, LoRA(2)), (r".*layer_0/attention/query/bias", lj.Full())], "not these 1"),
+        ([(QV, LoHa(2)), (r".*layer_0/attention/query/bias", lj.Full())], "no mode of this method"),
     ):
         adapt, trainable, frozen, _, _ = ours(base, rules)
         with pytest.raises(peft.AdapterError, match=words):

@@ -261,20 +261,23 @@ def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, director
     every = {name for name in known - inside if name.endswith(".bias")}
     of_targets = {f"{module}.bias" for module in targets} & known
     mode = "none" if not loose else "all" if loose == every else method.bias if loose == of_targets else ""
+    hidden = sorted(name for name in loose if name.rpartition(".")[0] in targets)
+    if hidden and not method.bias:
+        raise AdapterError(f"{names[hidden[0]]} trains, and PEFT has no mode of this method in which a target's bias "
+                           f"does: {PLAIN}")
+    if hidden and not mode:  # PEFT trains all of a kind: the others are written as the base has them
+        mode = method.bias if loose <= of_targets else "all"
     if loose and (not mode or not method.bias):
-        hidden = sorted(name for name in loose if name.rpartition(".")[0] in targets)
-        if hidden:
-            raise AdapterError(f"{names[hidden[0]]} trains, and PEFT trains all biases of a model or all of its "
-                               f"targets' ({len(of_targets)}), not these {len(loose)}: {PLAIN}")
         saved = _outermost(modules | {name.rpartition(".")[0] for name in loose}, names.keys(), known)
         mode = "none"
         inside = {name for name in known if any(name.startswith(f"{module}.") for module in saved)}
+    others = every if mode == "all" else of_targets if mode == method.bias else set()
     clash = sorted(module for module in targets if any(f"{module}.".startswith(f"{outer}.") for outer in saved))
     if clash:
         raise AdapterError(f"{clash[0]} has an adapter and is inside a module that is trained whole, which PEFT does "
                            f"not have: {PLAIN}")
     for path, row in directory.first.items():
-        wanted = [name for name in row.names if name in names or name in inside]
+        wanted = [name for name in row.names if name in names or name in inside or name in others - done]
         if not wanted:
             continue
         whole = np.asarray(trainable[path].w if path in fulls else frozen.base[path])
