@@ -78,6 +78,24 @@ def test_codes_are_the_nearest_and_blocks_are_in_torchs_order(cls: Any) -> None:
         assert set(codes[4]) == {7}  # the block of zeros
 
 
+@pytest.mark.parametrize("form", [NF4(), NF4(double=False, block=32), FP4(), Q4_1()], ids=repr)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_are_the_float32_products_rounded_once(form: Any, dtype: str) -> None:
+    w = normals(192, 7).astype(dtype)
+    got = quantize(w, form)
+    codes = np.stack([np.asarray(got.codes) >> 4, np.asarray(got.codes) & 15], -1).reshape(7, -1, form.block)
+    if isinstance(form, Q4_1):
+        d, m = (np.asarray(x, np.float32)[..., None] for x in got.scales)
+        values = codes.astype(np.float32) * d + m
+    else:
+        values = form.table[codes] * np.asarray(got.single().scales[0])[..., None]
+    dense = got.dense()
+    assert dense.dtype == dtype
+    np.testing.assert_array_equal(dense, values.reshape(7, 192).T.astype(dtype))
+    if dtype != "float32":  # a word of two numbers, joined by no concatenation, so that a GPU's thread writes 16 bytes
+        assert "concatenate" not in str(jax.make_jaxpr(lambda w: w.dense())(got))
+
+
 def test_double_quantisation_is_that_of_the_scales_less_their_mean() -> None:
     w = normals(1024, 40)
     one, two = quantize(w, NF4(double=False)), quantize(w, NF4())

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lorajax.quant import dynamic
 
@@ -35,8 +37,8 @@ class Format(abc.ABC):
         """(codes, scales) of w."""
 
     @abc.abstractmethod
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> jax.Array:
-        """w as the codes say, float32."""
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
+        """w as the codes say, computed in float32, as `dtype`."""
 
     def lead(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> int:
         """How many leading dimensions all arrays have in common."""
@@ -70,9 +72,18 @@ def pack4(codes: jax.Array) -> jax.Array:
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
-def unpack4(codes: jax.Array) -> jax.Array:
-    """Inverse of `pack4`."""
-    return jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
+def unpack4(codes: jax.Array, block: int, value: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
+    """`value(codes (..., n / block, block / 2))` of first and of second codes, in turn: (..., n) of `dtype`.
+
+    Two numbers of 16 bits are written as one word: a thread of XLA's GPU kernel then reads 4 bytes and writes 16."""
+    pairs = blocks_of(codes, block // 2)
+    first, second = (value(c).astype(dtype) for c in (pairs >> 4, pairs & 15))
+    if first.dtype.itemsize == 2:
+        low, high = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (first, second))
+        both = lax.bitcast_convert_type(low | (high << 16), dtype)
+    else:
+        both = jnp.stack([first, second], axis=-1)
+    return both.reshape(*codes.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -100,11 +111,10 @@ class Table4(Format):
         eight, second = dynamic.encode(flat - mean[..., None], SECOND)
         return codes, (eight.reshape(absmax.shape), second, mean)
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
         """table[code] times the scale of its block."""
         _, (absmax,) = self.single(scales)
-        values = dynamic.look_up(unpack4(codes), self.table)
-        return (blocks_of(values, self.block) * absmax[..., None]).reshape(values.shape)
+        return unpack4(codes, self.block, lambda c: dynamic.look_up(c, self.table) * absmax[..., None], dtype)
 
     def lead(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> int:
         """The second scales and the mean have the stack's dimensions only."""
@@ -115,10 +125,9 @@ class Table4(Format):
         if not self.double:
             return self, scales
         eight, second, mean = scales
-        ahead = [1] * (eight.ndim - mean.ndim)
-        one = eight.shape[mean.ndim:]
-        at = jnp.arange(math.prod(one), dtype=jnp.int32).reshape(one) // SECOND
-        absmax = dynamic.look_up(eight, dynamic.dynamic_map()) * second[..., at] + mean.reshape(*mean.shape, *ahead)
+        ahead, one = [1] * (eight.ndim - mean.ndim), math.prod(eight.shape[mean.ndim:])
+        each = jnp.repeat(second, SECOND, axis=-1)[..., :one].reshape(eight.shape)
+        absmax = dynamic.look_up(eight, dynamic.dynamic_map()) * each + mean.reshape(*mean.shape, *ahead)
         return replace(self, double=False), (absmax,)
 
 
@@ -155,10 +164,10 @@ class Int8(Format):
         codes = jnp.round(blocks * (1 / jnp.maximum(absmax, dynamic.TINY) * 127)[..., None])
         return codes.astype(jnp.int8).reshape(w.shape), (absmax,)
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
         """code absmax / 127."""
         values = blocks_of(codes.astype(jnp.float32), self.block) * (scales[0] * (1 / 127))[..., None]
-        return values.reshape(codes.shape)
+        return values.reshape(codes.shape).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -176,10 +185,10 @@ class Q8_0(Format):
         codes = jnp.sign(x) * jnp.floor(jnp.abs(x) + 0.5)  # halves away from 0, as C's roundf
         return codes.astype(jnp.int8).reshape(w.shape), (d.astype(jnp.float16),)
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
         """d code."""
         values = blocks_of(codes.astype(jnp.float32), self.block) * scales[0].astype(jnp.float32)[..., None]
-        return values.reshape(codes.shape)
+        return values.reshape(codes.shape).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -197,11 +206,10 @@ class Q4_1(Format):
         codes = jnp.clip(jnp.floor((blocks - least[..., None]) * jnp.where(d == 0, 0.0, 1 / d)[..., None] + 0.5), 0, 15)
         return pack4(codes.astype(jnp.uint8).reshape(w.shape)), (d.astype(jnp.float16), least.astype(jnp.float16))
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
         """d code + m."""
         d, m = (x.astype(jnp.float32)[..., None] for x in scales)
-        values = unpack4(codes).astype(jnp.float32)
-        return (blocks_of(values, self.block) * d + m).reshape(values.shape)
+        return unpack4(codes, self.block, lambda c: c.astype(jnp.float32) * d + m, dtype)
 
 
 FORMATS: dict[str, type[Format]] = {"nf4": NF4, "fp4": FP4, "int8": Int8, "q8_0": Q8_0, "q4_1": Q4_1}

@@ -186,7 +186,7 @@ def _gather(w: Quantized, p: Any, indices: jax.Array) -> Quantized | None:
 
 @jax.jit
 def _dense(q: Quantized) -> jax.Array:
-    w, dims = q.format.decode(q.codes, q.scales).astype(q.dtype).reshape(q.stored), q.dims
+    w, dims = q.format.decode(q.codes, q.scales, q.dtype).reshape(q.stored), q.dims
     return w if dims == tuple(range(len(dims))) else lax.transpose(w, np.argsort(dims).tolist())
 
 
