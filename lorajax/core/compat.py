@@ -120,6 +120,11 @@ def varying(array: Any) -> frozenset[str]:
     return getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
 
 
+def vary(array: Any, as_in: Any) -> Any:
+    """An array that is the same everywhere, of the type of one that differs along the axes of `as_in`."""
+    return jax.lax.pcast(array, tuple(varying(as_in)), to="varying") if varying(as_in) else array
+
+
 def place(array: Any) -> PartitionSpec:
     """The PartitionSpec in an array's type, padded to its dimensions."""
     spec = jax.typeof(array).sharding.spec

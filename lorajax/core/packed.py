@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lorajax.core import compat
 
@@ -126,20 +128,32 @@ def moved(eqn: Any, w: Any, *operands: Any) -> list[Any]:
 def product(fn: Callable[..., jax.Array], w: Any, x: jax.Array, *sizes: jax.Array) -> jax.Array:
     """``fn(w, x, *sizes)``, linear in x. A packed weight is unpacked when x is there and no sooner, or a compiler may
     unpack all layers first; and once more for the derivative, which is that by x alone, so that what lives between the
-    passes is the packed weight. There the barrier that `jax.checkpoint` puts before it includes the cotangent."""
+    passes is the packed weight.
+
+    What ties an unpacking to x, or to the cotangent, is a zero that goes through a barrier with it, and by which the
+    codes are changed. They go through none themselves, for what does has to be in memory of its own: a layer's codes
+    are read where they lie in the stack."""
     if not isinstance(w, Packed):
         return fn(w, x, *sizes)
+    zero = np.uint8(0)
 
     @jax.custom_jvp
     def now(w: Any, x: jax.Array, *sizes: jax.Array) -> jax.Array:
         if {compat.varying(x)} == set(map(compat.varying, jax.tree.leaves(w))):  # a barrier takes no others
-            w, _ = jax.lax.optimization_barrier((w, x))
+            after, _ = jax.lax.optimization_barrier((compat.vary(zero, x), x))
+            w = _changed(w, after)
         return fn(w.dense(), x, *sizes)
 
     @now.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         w, _, *sizes = primals
-        again = jax.checkpoint(lambda w, dx, *sizes: fn(w.dense(), dx, *sizes))
-        return now(*primals), again(w, tangents[1], *sizes)
+        again = jax.checkpoint(lambda zero, w, dx, *sizes: fn(_changed(w, zero).dense(), dx, *sizes),
+                               prevent_cse=(True, False, True, *[True] * len(sizes)))  # what its barrier holds
+        return now(*primals), again(zero, w, tangents[1], *sizes)
 
     return now(w, x, *sizes)
+
+
+def _changed(w: Any, by: jax.Array) -> Any:
+    """Every code (what is of 8 bits) exclusive or `by`."""
+    return jax.tree.map(lambda leaf: leaf ^ by.astype(leaf.dtype) if leaf.dtype in (jnp.uint8, jnp.int8) else leaf, w)
