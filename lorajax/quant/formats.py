@@ -112,8 +112,11 @@ class Table4(Format):
         return codes, (eight.reshape(absmax.shape), second, mean)
 
     def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
-        """table[code] times the scale of its block."""
+        """table[code] times the scale of its block. Scales that are quantised as well get a kernel of their own: with
+        them in that of the codes, which then wait, a weight of 14336 x 4096 took a fifth longer on an H200."""
         _, (absmax,) = self.single(scales)
+        if self.double:
+            absmax = lax.optimization_barrier(absmax)
         return unpack4(codes, self.block, lambda c: dynamic.look_up(c, self.table) * absmax[..., None], dtype)
 
     def lead(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> int:
