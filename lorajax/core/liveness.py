@@ -92,7 +92,7 @@ class _Flat:
         for eqn in jaxpr.eqns:
             given = [env.get(a) if not isinstance(a, compat.Literal) else None for a in eqn.invars]
             env.update(zip(eqn.outvars, self.step(eqn, given), strict=True))
-        return [env[a] for a in jaxpr.outvars if not isinstance(a, compat.Literal)]
+        return [_Array(a.aval, outside=True) if isinstance(a, compat.Literal) else env[a] for a in jaxpr.outvars]
 
     def step(self, eqn: Any, inputs: Sequence[_Array | None]) -> list[_Array]:
         name, reads = eqn.primitive.name, [x for x in inputs if x is not None]
