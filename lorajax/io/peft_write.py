@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ from lorajax.io.peft_layout import Form
 from lorajax.io.peft_methods import PLAIN, Method, method_of, one_block_size
 from lorajax.io.peft_names import PREFIX, Directory, Names, tied, to_theirs
 from lorajax.io.peft_read import TOKENS, WEIGHTS
+from lorajax.io.peft_wholes import written
 from lorajax.io.subtracted import joined, redone
 from lorajax.io.tensors import AdapterError, write_tensors
 from lorajax.variants.ia3 import IA3
@@ -158,7 +158,7 @@ def content(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, names: N
                     for module, x in of_b(own, adapt, trainable, before, directory).items()}
         done |= {f"{module}.bias" for module in own}
         settings["lora_bias"] = True
-    settings |= _wholes(adapt, trainable, frozen, directory, set(rows), method, tensors, exact, done, before)
+    settings |= written(adapt, trainable, frozen, directory, set(rows), method, tensors, exact, done, before)
     if kind == "TRAINABLE_TOKENS" and settings.pop("modules_to_save"):
         raise AdapterError("PEFT's trainable tokens train no whole weights beside them, LoRA's do: add a LoRA to the "
                            "rules, or keep lorajax's own format")
@@ -241,81 +241,3 @@ def _exactly(modules: Mapping[str, Any], directory: Directory) -> list[str] | st
     if any(other.endswith(f".{module}") for other in directory.modules.keys() - modules.keys() for module in modules):
         return "|".join(re.escape(module) for module in modules)
     return list(modules)
-
-
-def _wholes(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, directory: Directory, targets: set[str],
-            method: Method, tensors: dict[str, np.ndarray], exact: dict[tuple[str, str], list[str]],
-            done: set[str], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights that are trained whole: as `modules_to_save`, or by a bias mode. Adds their tensors, but for those that
-    are `done`. before: the base, of which PEFT has copies under bias='all'."""
-    fulls = [path for path, choice in adapt.plan.items() if isinstance(choice, Full)
-             and not done.issuperset(directory.written(path))]
-    names = {name: path for path in fulls for name in directory.written(path)}
-    known = {name for row in directory.first.values() for name in row.names}
-    biases = {name for name in names if name.endswith(".bias")}
-    modules = {name.rpartition(".")[0] for name in names.keys() - biases}
-    loose = {name for name in biases if name.rpartition(".")[0] not in modules}
-    saved = _outermost(modules, names.keys(), known)
-    inside = {name for name in known if any(name.startswith(f"{module}.") for module in saved)}
-    loose -= inside
-    every = {name for name in known - inside if name.endswith(".bias")}
-    of_targets = {f"{module}.bias" for module in targets} & known
-    mode = "none" if not loose else "all" if loose == every else method.bias if loose == of_targets else ""
-    hidden = sorted(name for name in loose if name.rpartition(".")[0] in targets)
-    if hidden and not method.bias:
-        raise AdapterError(f"{names[hidden[0]]} trains, and PEFT has no mode of this method in which a target's bias "
-                           f"does: {PLAIN}")
-    if hidden and not mode:  # PEFT trains all of a kind: the others are written as the base has them
-        mode = method.bias if loose <= of_targets else "all"
-    if loose and (not mode or not method.bias):
-        saved = _outermost(modules | {name.rpartition(".")[0] for name in loose}, names.keys(), known)
-        mode = "none"
-        inside = {name for name in known if any(name.startswith(f"{module}.") for module in saved)}
-    others = every if mode == "all" else of_targets if mode == method.bias else set()
-    clash = sorted(module for module in targets if any(f"{module}.".startswith(f"{outer}.") for outer in saved))
-    if clash:
-        raise AdapterError(f"{clash[0]} has an adapter and is inside a module that is trained whole, which PEFT does "
-                           f"not have: {PLAIN}")
-    for path, row in directory.first.items():
-        wanted = [name for name in row.names if name in names or name in inside or name in others - done]
-        if not wanted:
-            continue
-        whole = np.asarray(trainable[path].w if path in fulls else frozen.base[path])
-        parts = whole if len(row.names) > 1 else [whole]
-        parts = np.reshape(parts, (len(row.names), *whole.shape[whole.ndim - _ndim(whole, row.names) :]))
-        keys = []
-        for name, part in zip(row.names, parts, strict=True):
-            module, _, kind = name.rpartition(".")
-            keys.append(PREFIX + (f"{module}.base_layer.{kind}" if module in targets else name))
-            tensors[keys[-1]] = to_theirs(part, row.form)
-            outer = next((m for m in saved if name.startswith(f"{m}.")), "")
-            if mode == "all" and outer and kind == "bias" and path in before:
-                inner = name[len(outer) :]
-                copies = ("modules_to_save" + ".default" * (inner != ".bias"), "original_module")
-                copy = np.reshape(np.asarray(before[path]), (len(row.names), *part.shape))[row.names.index(name)]
-                tensors |= {f"{PREFIX}{outer}.{c}{inner}": x
-                            for c, x in zip(copies, (tensors[keys[-1]], copy), strict=True)}
-            if kind == "running_mean":  # PEFT asks for a batch norm's counter too
-                tensors[f"{PREFIX}{module}.num_batches_tracked"] = np.zeros((), np.int64)
-        if path in fulls:
-            exact[path, "w"] = keys
-    return {"modules_to_save": saved or None} | ({"bias": mode} if method.bias else {})
-
-
-def _ndim(whole: np.ndarray, names: tuple[str, ...]) -> int:
-    """Dimensions of one part of a parameter that may stack several tensors."""
-    if len(names) == 1:
-        return whole.ndim
-    leading = next(i for i in range(whole.ndim + 1) if math.prod(whole.shape[:i]) == len(names))
-    return whole.ndim - leading
-
-
-def _outermost(modules: set[str], trained: Any, known: set[str]) -> list[str]:
-    """The modules, or the outermost parents of theirs that are trained as a whole."""
-    found = set()
-    for module in modules:
-        parts = module.split(".")
-        parents = (".".join(parts[: i + 1]) for i in range(len(parts)))
-        whole = (p for p in parents if all(name in trained for name in known if name.startswith(f"{p}.")))
-        found.add(next(whole, module))
-    return sorted(found)
