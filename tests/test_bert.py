@@ -223,6 +223,11 @@ def test_gelu_is_the_exact_one():
     x = np.linspace(-4, 4, 33, dtype=np.float32)
     np.testing.assert_allclose(ACTIVATIONS["gelu"](jnp.asarray(x)), x * norm.cdf(x), atol=1e-6)
     assert float(np.abs(ACTIVATIONS["gelu_new"](jnp.asarray(x)) - x * norm.cdf(x)).max()) > 1e-4
+    for name in ("gelu", "gelu_new"):  # what is kept for the backward pass: x alone
+        _, back = jax.vjp(ACTIVATIONS[name], jnp.asarray(x))
+        assert [leaf.shape for leaf in jax.tree.leaves(back) if jnp.shape(leaf)] == [x.shape]
+    (slope,) = jax.vjp(ACTIVATIONS["gelu"], jnp.asarray(x))[1](jnp.ones_like(x))
+    np.testing.assert_allclose(slope, norm.cdf(x) + x * norm.pdf(x), atol=1e-5)
 
 
 def test_first_initialisation_has_the_documented_tree():

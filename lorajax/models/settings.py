@@ -17,10 +17,14 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+# Its input alone is kept for the backward pass. Of the others XLA's GPU compiler sees to that; these it takes for too
+# dear to compute again, and keeps three arrays (tanh: five) of the widest size of a model.
+_gelu, _gelu_tanh = (jax.checkpoint(partial(jax.nn.gelu, approximate=by_tanh)) for by_tanh in (False, True))
+
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
