@@ -23,8 +23,8 @@ DPO, the fourth command with `--config.epochs=1 --config.examples=2000 --config.
 held-out pairs are preferred rightly, and their loss is 0.345 (an adapter that changes nothing has log 2 = 0.693);
 perplexity of the right answers 3.91 (untrained 3.90), loss on dolly 2.815 (2.814).
 
-GSM8K with `--config.packing=true`: perplexity of held-out answers 1.96 after the first epoch and 1.88 after the second;
-time ended at step 535 of 1,116, so exact match is not yet measured.
+GSM8K with `--config.packing=true`: perplexity of held-out answers after each epoch 1.96, 1.88, 1.85, 1.84, 1.84 and
+1.84, the least after the fourth. Time ended while the answers were written: exact match is not yet measured.
 """
 
 from ml_collections import ConfigDict
