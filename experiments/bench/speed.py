@@ -28,8 +28,10 @@ from experiments.bench.setting import markdown
 from experiments.bench.work import ROWS, TABLES, Work
 from lorajax.report import into
 
-# What the first losses and the norms of the first gradients may differ by, relative.
+# What the first losses and the norms of the first gradients may differ by, relative. A classifier of PEFT's on a GPU has
+# its loss in bfloat16, whose steps are 2^-8 there; a decoder's is float32.
 AGREE = {"cpu": (1e-5, 1e-4), "cuda": (1e-3, 3e-2)}
+CLASSIFIER = 2**-8
 # A preset for research loops on a GPU, for what log.md has measured.
 XLA_FLAGS = "--xla_gpu_enable_triton_gemm=false"
 Lines = list[dict[str, Any]]
@@ -150,7 +152,8 @@ def agreement(work: Work, peft: Lines, ours: Lines) -> str:
         ([x["losses"] for x in (*peft, *ours)], ours[0]["losses"][0]),
         ([[x["grad_norm"]] for x in (*peft, *ours)], ours[0]["grad_norm"])))  # fmt: skip
     most = AGREE[work.device]
-    return "agree" if loss < most[0] and norm < most[1] else f"DIFFER by {loss:.1e} and {norm:.1e}"
+    near = most[0] if work.decoder or work.device == "cpu" else CLASSIFIER
+    return "agree" if loss < near and norm < most[1] else f"DIFFER by {loss:.1e} and {norm:.1e}"
 
 
 def text(tables: list[str], rows: list[str], lines: Lines) -> str:

@@ -131,8 +131,8 @@ def prepare(work: Work, how: str, device: str, file: Path | None = None) -> Prep
 def measure(prepared: Prepared, how: str, blocks: int) -> dict[str, Any]:
     call = captured(prepared.step) if how == "graphs" else prepared.step
     found = shared.timed(call, prepared.wait, blocks)
-    cuda = torch.cuda.is_initialized()
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0  # a step on the CPU: nothing
+    peak = on_gpu or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {**found, "compile s": prepared.first - found["ms"] / 1e3, "peak GiB": peak / 2**30, **prepared.start}
 
 
