@@ -338,6 +338,37 @@ def test_a_nan_leaves_the_state_as_it_was():
     assert state.step == 2
 
 
+@pytest.mark.parametrize("small", [0, 6, 8])  # of 8 and 6 numbers: neither, one or both are laid end to end
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_arrays_reduced_together_give_the_norm_and_show_what_is_not_finite(small, broken, monkeypatch):
+    monkeypatch.setattr("lorajax.train.step.SMALL", small)
+
+    def update(grads, state, params=None):
+        spoil = jnp.zeros(2).at[0 if broken is None else broken].set(0.0 if broken is None else jnp.inf)
+        return {"w": Pair(*[g.at[-1, -1].add(spoil[i]) for i, g in enumerate(grads["w"])])}, state
+
+    tx = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    state, frozen, batch = start(tx)
+    before = host(state.trainable)
+    _, of_a, of_b = derived(before, frozen, batch)
+    state, metrics = make_step(squares, Linear(), tx, clip=None)(state, frozen, batch)
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((of_a**2).sum() + (of_b**2).sum()), rtol=1e-5)
+    assert metrics["finite"] == (broken is None)
+    if broken is not None:
+        same(state.trainable, before)
+
+
+def test_small_arrays_of_one_type_are_one_reduction():
+    """Eight arrays of two types: with `together` two reductions say whether all are finite, without it eight."""
+    from lorajax.train.step import _all_finite, _joined
+
+    tree = [jnp.ones(n, kind) for n in (2, 3, 4, 5) for kind in (jnp.float32, jnp.bfloat16)]
+    for collect, count in ((_joined, 2), (jax.tree.leaves, 8)):
+        found = str(jax.make_jaxpr(lambda x, collect=collect: _all_finite(collect(x)))(tree))
+        assert found.count("reduce_and") == count + 1  # and one over those
+    assert sorted(x.size for x in _joined(tree)) == [14, 14]
+
+
 def test_a_nan_inside_a_call_of_many_steps_keeps_the_last_good_one():
     tx = optax.adam(0.1)
     state, frozen, batch = start(tx)

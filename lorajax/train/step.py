@@ -19,6 +19,8 @@ from lorajax.control.controller import Controller, identity
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
 """(bound params, batch, key) -> (mean loss over the batch's real examples, scalar means to report)."""
 
+SMALL = 1 << 20
+"""Arrays of at most so many elements are reduced together."""
 RESERVED = frozenset({"loss", "penalty", "grad_norm", "finite", "weight"})
 
 
@@ -97,7 +99,8 @@ def make_step(
     """
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
-    one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate, fold_scales=fold_scales)
+    one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate, fold_scales=fold_scales,
+                      together=shardings is None)
     run = one if steps_per_call == 1 else repeated(one, steps_per_call)
     return jax.jit(run, donate_argnums=0, out_shardings=shardings)
 
@@ -111,8 +114,11 @@ def make_update(
     clip: float | None = 1.0,
     accumulate: int = 1,
     fold_scales: bool = False,
+    together: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """One step of `make_step`, not jitted, for a program of one's own."""
+    """One step of `make_step`, not jitted, for a program of one's own. together: the norm of the gradients, and whether
+    the new values are finite, are reductions of small arrays laid end to end, in place of four kernels for each array;
+    not on a mesh, where they may be split differently."""
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
     if clip is not None and not clip > 0:
@@ -120,10 +126,11 @@ def make_update(
     controller = controller or identity()
     gradients = make_gradients(loss, adapt, controller, accumulate=accumulate, fold_scales=fold_scales)
     tx = optax.with_extra_args_support(tx)
+    collect = _joined if together else jax.tree.leaves
 
     def one(state: TrainState, frozen: Any, batch: Any, good: Any = True) -> tuple[TrainState, dict[str, jax.Array]]:
         found = gradients(state, frozen, batch)
-        norm = optax.tree.norm(found.grads)
+        norm = optax.tree.norm(collect(found.grads))
         scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, state.trainable)
         masks = {} if found.masks is None else {"masks": found.masks}
@@ -132,7 +139,7 @@ def make_update(
         new = optax.apply_updates(state.trainable, updates)
         new, control = controller.update(grads, state.trainable, new, state.control)
         total = found.loss + found.penalty
-        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(new) & jnp.all(good)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(collect(new)) & jnp.all(good)
         after = _keep(finite, TrainState(state.step + 1, new, opt_state, control, state.key), state)
         metrics = {"loss": found.loss, "penalty": found.penalty, "grad_norm": norm, "weight": found.weight}
         return after, {**found.aux, **metrics, "finite": finite}
@@ -236,6 +243,15 @@ def _wide(x: Any) -> jax.Array:
 def _own(x: Any) -> jax.Array:
     """A copy with a buffer of its own and no weak type."""
     return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.array(x, dtype=x.dtype, copy=True)
+
+
+def _joined(tree: Any) -> list[jax.Array]:
+    """The leaves, small ones of one type end to end in one array."""
+    leaves, ends = [x for x in jax.tree.leaves(tree) if x.size > SMALL], dict[Any, list[jax.Array]]()
+    for x in jax.tree.leaves(tree):
+        if x.size <= SMALL:
+            ends.setdefault(x.dtype, []).append(x.ravel())
+    return leaves + [jnp.concatenate(group) for group in ends.values()]
 
 
 def _all_finite(tree: Any) -> jax.Array:
