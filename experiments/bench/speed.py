@@ -28,8 +28,8 @@ from experiments.bench.setting import markdown
 from experiments.bench.work import ROWS, TABLES, Work
 from lorajax.report import into
 
-# What the first losses and the norms of the first gradients may differ by, relative. A classifier of PEFT's on a GPU has
-# its loss in bfloat16, whose steps are 2^-8 there; a decoder's is float32.
+# What the first losses and the norms of the first gradients may differ by, relative. On a GPU PEFT's classifiers have
+# their loss in bfloat16, whose steps are 2^-8; its decoders have it in float32.
 AGREE = {"cpu": (1e-5, 1e-4), "cuda": (1e-3, 3e-2)}
 CLASSIFIER = 2**-8
 # A preset for research loops on a GPU, for what log.md has measured.

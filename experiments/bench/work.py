@@ -62,8 +62,7 @@ CPU: dict[str, Any] = SMALL | {"device": "cpu", "theirs": ("limit", "eager", "mo
 TOY: dict[str, Any] = {"device": "cpu", "theirs": ("limit", "eager"), "ours": ("",)}
 TABLES: dict[str, dict[str, Work]] = {
     "decoders": {
-        "lora_all": Work("1.2b", 8, 1024, ours=("cudnn", "cudnn+apart", "cudnn+triton"),
-                         theirs=("limit", "eager", "layers", "model", "amp"), goal=1.2),
+        "lora_all": Work("1.2b", 8, 1024, theirs=("limit", "eager", "layers", "model", "amp"), goal=1.2),
         "lora_qv": Work("1.2b", 8, 1024, targets="qv", goal=1.1),
         "dora_all": Work("1.2b", 8, 1024, "dora", goal=1.3),
         "nf4_all": Work("1.2b", 8, 1024, "nf4", theirs=()),
