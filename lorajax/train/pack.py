@@ -85,7 +85,8 @@ def make_packed_step(
 
     def member(state: TrainState, common: Frozen, own: Frozen, values: Any, batch: Any, active: jax.Array) -> Any:
         loss, adapt, tx, controller = make(values)
-        one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate, together=shardings is None)
+        one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate,
+                          together=not jax.tree.leaves(shardings))
         run = one if steps_per_call == 1 else repeated(one, steps_per_call)
         after, metrics = run(state, _whole(common, own), batch)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics

@@ -100,7 +100,7 @@ def make_step(
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
     one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate, fold_scales=fold_scales,
-                      together=shardings is None)
+                      together=not jax.tree.leaves(shardings))
     run = one if steps_per_call == 1 else repeated(one, steps_per_call)
     return jax.jit(run, donate_argnums=0, out_shardings=shardings)
 
