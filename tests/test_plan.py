@@ -55,10 +55,10 @@ def test_what_xla_says_of_the_compiled_step(base: str) -> None:
 
 
 @pytest.mark.parametrize(("shape", "rows", "length", "base", "remat", "told"), [
-    ("1.2b", 8, 1024, "", "none", 11.75), ("1.2b", 8, 1024, "nf4", "none", 10.41),
-    ("8b", 2, 2048, "", "full", 15.99), ("8b", 2, 2048, "nf4", "full", 6.41),
+    ("1.2b", 8, 1024, "", "none", 11.75), ("1.2b", 8, 1024, "nf4", "none", 10.40),
+    ("8b", 2, 2048, "", "full", 15.99), ("8b", 2, 2048, "nf4", "full", 6.37),
 ])  # fmt: skip
-def test_what_xla_said_on_an_h100(shape: str, rows: int, length: int, base: str, remat: str, told: float) -> None:
+def test_what_xla_said_on_a_gpu(shape: str, rows: int, length: int, base: str, remat: str, told: float) -> None:
     """GiB of arguments and temporaries of `experiments.bench.quant` (README, "Quantised bases")."""
     c = config.parse([f"--config=configs/plan.py:shape={shape},machine=1xH100", "--config.model.vocab_size=32000",
                       "--config.model.tie_embeddings=false", f"--config.batch={rows}", "--config.attention=cudnn",
