@@ -86,11 +86,16 @@ def main(argv: list[str]) -> str:
     return said
 
 
+NEVER = -1e4  # the bias of an output that a task has not
+
+
 class Wide(NamedTuple):
-    # The encoder with a head as wide as the widest task's; a task with fewer classes has outputs that never win.
+    # The encoder with a head as wide as the widest task's; a task with fewer classes has outputs that never win. fresh:
+    # a head for each task that has not been trained.
     net: Bert
     variables: Any
     heads: tuple[dict[str, jax.Array], ...]
+    fresh: tuple[dict[str, jax.Array], ...]
 
 
 def widened(runs: list[TrainedRun]) -> Wide:
@@ -99,13 +104,17 @@ def widened(runs: list[TrainedRun]) -> Wide:
     net = Bert(replace(first.net.config, num_labels=outputs))
     shapes = by_path(jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))[0]
     flat, heads = dict(by_path(first.variables)[0]), list[dict[str, jax.Array]]()
+    drawn, fresh = by_path(net.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))[0], list[dict[str, jax.Array]]()
     for run in runs:
         heads.append({})
+        has = jnp.arange(outputs) < run.task.outputs
+        fresh.append({path: jnp.where(has, drawn[path], NEVER if path.endswith("bias") else 0.0)
+                      for path in run.model.fresh})
         for path in run.model.fresh:
             x = run.adapter.trainable[path].w
             missing = [(0, wanted - there) for wanted, there in zip(shapes[path].shape, x.shape, strict=True)]
-            heads[-1][path] = jnp.pad(x, missing, constant_values=-1e4 if path.endswith("bias") else 0.0)
-    return Wide(net, traverse_util.unflatten_dict(flat | heads[0], sep="/"), tuple(heads))
+            heads[-1][path] = jnp.pad(x, missing, constant_values=NEVER if path.endswith("bias") else 0.0)
+    return Wide(net, traverse_util.unflatten_dict(flat | heads[0], sep="/"), tuple(heads), tuple(fresh))
 
 
 class Tasks:
@@ -170,6 +179,9 @@ class Tasks:
         # One A from the start: the B's and heads of all tasks train side by side, on a mixed stream.
         adapt = self.adapted(rank, scale=2.0)
         arrays, frozen = compose.start_shared(adapt, jax.random.key(self.options.seed), self.wide.variables, self.count)
+        heads = jax.tree.map(lambda *x: jnp.stack(x), *self.wide.fresh)
+        own = {path: type(x)(heads[path]) if path in heads else x for path, x in arrays.own.items()}
+        arrays = arrays._replace(own=own)
         run = lj.mixed(Bert(self.wide.net.config, deterministic=False).apply)
 
         def loss(bank: Any, batch: Any, key: jax.Array) -> Any:

@@ -14,7 +14,7 @@ from experiments.compose import load_run
 
 def test_storage_against_score(files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     runs = []
-    for task in ("sst2", "stsb"):
+    for task in ("stsb", "sst2"):
         more = ("--config.epochs=1", "--config.probe=false")
         glue.main(words(files, tmp_path / task, "lora", ",rank=4,targets=qv", *more, task=task))
         runs.append(folder(tmp_path / task))
@@ -35,6 +35,7 @@ def test_storage_against_score(files: Any, tmp_path: Path, capsys: pytest.Captur
     assert own["errors"] == [0, 0] and 0 < max(found["apart, rank 1"]["errors"]) < 1
     assert max(found["one A of rank 4"]["errors"]) < max(found["common of rank 4, own of 1"]["errors"])
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert max(losses) < 20  # no task has a class of another as one of its own that never wins
     taught = losses[len(losses) // 2:]
     assert taught[-1] < taught[0]
     assert said.splitlines()[0].split() == "stored as parameters part error worst score worst".split()
