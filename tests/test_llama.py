@@ -13,6 +13,7 @@ import torch_models
 from safetensors.numpy import load_file
 
 from lorajax.models import Llama, LlamaConfig, params_from_hf, params_to_hf, unstack_layers
+from lorajax.models.attention import attend
 from lorajax.models.experts import Experts
 from lorajax.models.rotary import Rope, rope_table
 
@@ -240,6 +241,18 @@ def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(3, 61, (2, 8))
     have = torch_models.apply(model, changed, jnp.asarray(ids))
     np.testing.assert_allclose(have, torch_models.run(loaded, input_ids=ids), atol=5e-5)
+
+
+def test_a_function_in_place_of_the_kernel_is_told_all() -> None:
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
+    mask = (jnp.arange(5) < 4)[None, None, None]
+    told: dict[str, Any] = {"mask": mask, "causal": True, "window": 3, "scale": 0.3}
+
+    def mine(q: Any, k: Any, v: Any, **how: Any) -> Any:
+        assert set(how) == {*told, "bias"}
+        return attend(q, k, v, **how)
+
+    np.testing.assert_array_equal(attend(q, k, v, implementation=mine, **told), attend(q, k, v, **told))
 
 
 @pytest.mark.gpu

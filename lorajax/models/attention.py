@@ -42,7 +42,7 @@ def attend(
     """
     if drop is None:
         if callable(implementation):
-            return implementation(q, k, v)
+            return implementation(q, k, v, mask=mask, bias=bias, causal=causal, window=window, scale=scale)
         if implementation == "cudnn" and mask is not None:  # its bias has every query and key
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
         # JAX's function mixes bf16 with float32, which strict promotion forbids. This context covers the forward

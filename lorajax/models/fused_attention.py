@@ -24,12 +24,16 @@ def _(q: Any, k: Any, v: Any, *_: Any) -> Any:
     return [q, k, v]
 
 
-@jax.custom_vjp
-def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H), for `Execution.attention`.
+def fused_attention(q: jax.Array, k: jax.Array, v: jax.Array, **_: Any) -> jax.Array:
+    """q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H), for `Execution.attention`; masks and biases have no part.
 
     Kept for the backward pass, as by cuDNN's kernel: these four and the softmax's normaliser (B, N, T), float32.
     """
+    return _fused(q, k, v)
+
+
+@jax.custom_vjp
+def _fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _forward.bind(q, k, v)[0]
 
 
@@ -42,4 +46,4 @@ def _gradients(kept: Any, by: jax.Array) -> Any:
     return tuple(_backward.bind(*kept, by))
 
 
-fused_attention.defvjp(_kept, _gradients)
+_fused.defvjp(_kept, _gradients)

@@ -18,7 +18,7 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
 
 
 # Its input alone is kept for the backward pass. Of the others XLA's GPU compiler sees to that; these it takes for too
-# dear to compute again, and keeps three arrays (tanh: five) of the widest size of a model.
+# dear to compute again, and writes three arrays of a model's widest size in place of one.
 _gelu, _gelu_tanh = (jax.checkpoint(partial(jax.nn.gelu, approximate=by_tanh)) for by_tanh in (False, True))
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,7 +61,7 @@ class Execution:
         NVIDIA GPUs with a 16-bit dtype and a head size that 8 divides). Causal mask and window are the kernel's own.
         Padding, segments of packed rows and caches reach it as a 16-bit bias (B, 1, T, S) for each query and key; the
         probabilities, (B, N, T, S), are never formed. Dropout of these needs them, so it takes the plain path. A
-        function (q, k, v) stands for a kernel where there is none (`fused_attention`).
+        function of q, k, v and `attend`'s mask, bias, causal, window and scale is called in its place.
     """
 
     dtype: Any = field(default=jnp.float32)
