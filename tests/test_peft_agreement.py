@@ -46,7 +46,7 @@ def test_the_losses_of_ten_steps_agree(files: tuple[Path, Path], method: str) ->
     if method == "adalora":
         with c.unlocked():
             c.controller.update(of_steps=10, t_initial=1, t_final=3, delta_t=2)
-    theirs, ours = peft_agreement.compare(c, 10, "cpu")
+    theirs, ours = peft_agreement.compare(c, "cpu", peft_agreement.shared(c, 10))
     assert len(ours.losses) == len(theirs.losses) == 10
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)
     assert np.ptp(theirs.losses) > 0.05  # they move

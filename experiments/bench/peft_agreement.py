@@ -11,7 +11,8 @@ clipping at norm 1, AdaLoRA's penalty and budgets. Differences that are left, al
 order of sums; PEFT clips by (norm + 1e-6); its DoRA forms W + AB for the norms and lorajax expands them.
 
 Several processes share the work by `--first` (the first of the seeds), `--methods` and `--tasks`, each with a file of
-its own, and `--merge FILE FILE ...` makes one table of the files.
+its own, and `--merge FILE FILE ...` makes one table of the files. The seeds of one process share our compiled step; a
+file has every seed that is finished.
 
 steps: 0 is the task's recipe; `--config.KEY=VALUE` changes a setting for both sides. Needs the extra `peft`. On a busy
 CPU set OMP_NUM_THREADS=1: PyTorch's threads spin while they wait.
@@ -53,34 +54,53 @@ def settings(method: str, *words: str) -> Any:
     return config.parse([f"--config=configs/{method}.py:{words[0]}", *flags, *words[1:]]).config
 
 
-def compare(c: Any, steps: int, device: str) -> tuple[Trained, Trained]:
-    # (PEFT's, ours)
-    head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
-    found = build.load_data(c)
-    model = build.load_model(c, found.task, head_key)
-    batches = build.batches(c, build.tokens(c, found, model.folder))
-    total = steps or build.total_steps(c, len(batches["train"]))
-    sites = lj.sites(model.net.apply, model.variables, *glue.inputs(batches["train"].batch(0, 0)))
-    adapt = lj.adapt(sites, build.rules(c, model))
-    trainable, frozen = jax.jit(adapt.init)(adapter_key, model.variables)
-    with tempfile.TemporaryDirectory() as folder:
-        peft.write(folder, adapt, trainable, frozen, adapter_names(model.net.config), task_type="SEQ_CLS")
-        theirs = by_peft(c, found.task, folder, model.folder, batches, total, device)
+class Shared(NamedTuple):
+    # What the seeds of one method on one task have in common: shapes and schedule, so the compiled programs too.
+    found: build.Data
+    tokens: dict[str, data.Tokens]
+    model: build.Model
+    total: int
+    adapt: lj.Adapt
+    begin: Any
+    tx: Any
+    controller: Any
+    step: Any
+    predict: Any
 
+
+def shared(c: Any, steps: int) -> Shared:
+    found = build.load_data(c)
+    model = build.load_model(c, found.task, jax.random.key(0))  # each seed draws a head of its own
+    tokens = build.tokens(c, found, model.folder)
+    train = build.batches(c, tokens)["train"]
+    total = steps or build.total_steps(c, len(train))
+    adapt = lj.adapt(lj.sites(model.net.apply, model.variables, *glue.inputs(train.batch(0, 0))), build.rules(c, model))
     tx, controller = build.optimizer(c, adapt, model, total), build.controller(c, adapt, total)
     step = make_step(glue.make_loss(model.net, found.task, c), adapt, tx, controller, clip=c.clip)
-    state = init_state(train_key, trainable, tx, controller)
-    losses = []
-    for i in range(total):
-        state, metrics = step(state, frozen, batches["train"].batch(*batches["train"].position(i)))
-        losses.append(float(metrics["loss"]))
     forward = lj.lift(model.net.apply)
     predict = make_eval(lambda bound, batch: forward(bound, *glue.inputs(batch)), adapt)
-    scores = glue.evaluate(predict, state.trainable, frozen, found, batches, model.place)
+    return Shared(found, tokens, model, total, adapt, jax.jit(adapt.init), tx, controller, step, predict)
+
+
+def compare(c: Any, device: str, all_: Shared) -> tuple[Trained, Trained]:
+    # (PEFT's, ours) of the seed in `c`
+    head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
+    model, adapt, batches = all_.model, all_.adapt, build.batches(c, all_.tokens)
+    trainable, frozen = all_.begin(adapter_key, build.with_head(model, head_key))
     names = adapter_names(model.net.config)
+    with tempfile.TemporaryDirectory() as folder:
+        peft.write(folder, adapt, trainable, frozen, names, task_type="SEQ_CLS")
+        theirs = by_peft(c, all_.found.task, folder, model.folder, batches, all_.total, device)
+
+    state = init_state(train_key, trainable, all_.tx, all_.controller)
+    losses = []  # fetched at the end, so that no step waits for the one before
+    for i in range(all_.total):
+        state, metrics = all_.step(state, frozen, batches["train"].batch(*batches["train"].position(i)))
+        losses.append(metrics["loss"])
+    scores = glue.evaluate(all_.predict, state.trainable, frozen, all_.found, batches, model.place)
     kept = {names[path].names[0].removesuffix(".weight"): np.asarray(row).tolist()
             for path, row in (state.control.kept.items() if c.controller.name == "adalora" else ())}
-    return theirs, Trained(losses, scores, kept)
+    return theirs, Trained([float(x) for x in jax.device_get(losses)], scores, kept)
 
 
 def by_peft(c: Any, task: data.Task, folder: str, base: Path, batches: Any, total: int, device: str) -> Trained:
@@ -118,7 +138,7 @@ def by_peft(c: Any, task: data.Task, folder: str, base: Path, batches: Any, tota
         given = inputs(batches["train"].batch(*batches["train"].position(i)))
         out = model(**given)  # its loss has AdaLoRA's penalty in it
         out.loss.backward()
-        losses.append(torch.nn.functional.cross_entropy(out.logits, given["labels"]).item())
+        losses.append(torch.nn.functional.cross_entropy(out.logits.detach(), given["labels"]))
         torch.nn.utils.clip_grad_norm_(trained.values(), c.clip)
         optimizer.step()
         schedule.step()
@@ -133,7 +153,7 @@ def by_peft(c: Any, task: data.Task, folder: str, base: Path, batches: Any, tota
     kept = {name.removeprefix("base_model.model.").removesuffix(".lora_E.default"): row
             for name, row in (getattr(model.peft_config["default"], "rank_pattern", None) or {}).items()
             if c.variant.name == "adalora"}  # fmt: skip
-    return Trained(losses, data.evaluate(task, outputs, labels), kept)
+    return Trained(torch.stack(losses).tolist(), data.evaluate(task, outputs, labels), kept)
 
 
 def row(task: str, method: str, pairs: list[tuple[Trained, Trained]]) -> dict[str, Any]:
@@ -188,10 +208,11 @@ def main() -> None:
     rows, runs = [], []
     for task in options.tasks:
         for method in options.methods:
-            pairs = []
+            pairs, all_ = [], None
             for seed in range(options.first, options.first + options.seeds):
                 c = settings(method, f"task={task},model={options.model}", f"--config.seed={seed}", *words)
-                pairs.append(compare(c, options.steps, options.device))
+                all_ = all_ or shared(c, options.steps)
+                pairs.append(compare(c, options.device, all_))
                 runs.append({"task": task, "method": method, "seed": seed,
                              "peft": pairs[-1][0]._asdict(), "lorajax": pairs[-1][1]._asdict()})  # fmt: skip
                 print(json.dumps(row(task, method, pairs)), flush=True)
