@@ -24,15 +24,14 @@ import lorajax as lj
 from experiments.balance import in_use
 from experiments.neftune import noisy
 from lorajax import build, config, control, data, start
-from lorajax.data.feed import ahead, calls
+from lorajax.data.feed import ahead, calls, widths
 from lorajax.io import adapter
 from lorajax.models import Bert, adapter_names
 from lorajax.shard import hosts
 from lorajax.shard.mesh import MeshError
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
-from lorajax.train.compiled import PRESETS, compile_cache, compiler_flags
-from lorajax.train.footprint import step_bytes
+from lorajax.train.compiled import PRESETS, Ahead, Ready, compile_cache, compiler_flags
 from lorajax.train.progress import Progress
 from lorajax.train.remat import TooLarge, fitted
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal
@@ -96,13 +95,14 @@ def main(argv: list[str]) -> None:
     stepper = partial(make_step, adapt=adapt, tx=tx, controller=controller, clip=c.clip or None,
                       accumulate=c.accumulate, steps_per_call=c.steps_per_call, shardings=(where, place.whole))
     forward = lj.lift(model.net.apply)
-    predict = make_eval(lambda bound, batch: forward(bound, *inputs(batch)), adapt, place.whole)
+    predict = Ready(make_eval(lambda bound, batch: forward(bound, *inputs(batch)), adapt, place.whole))
 
     prints = {"base": model.fingerprint, "data": found.fingerprint}
     with (
         Run(folder, config.to_dict(c), fingerprints=prints, ignore=FREE, fresh=not launch.options["resume"]) as run,
         Checkpoints(run.checkpoints) as saved,
         stop_on_signal() as stop,
+        Ahead() as compiling,
     ):
         print(f"{folder}: {len(batches['train'])} steps an epoch, {total} in all, {c.batch} examples each; "
               f"padded lengths {', '.join(map(str, batches['train'].lengths))}, "
@@ -136,7 +136,14 @@ def main(argv: list[str]) -> None:
         fit = lambda: (state, frozen, place.batch(made(batches["train"].longest), lead, rows), watch.good)  # noqa: E731
         model = fitted(c.remat, c.memory, model, lambda model: stepper(learn(model)), fit)
         loss = learn(model)
-        step_fn = stepper(loss)
+        step_fn = Ready(stepper(loss))
+        if place.mesh is None:
+            # XLA compiles in threads: what the first call does not need is ready, or nearly, when it is asked for.
+            for first in widths(batches["train"], range(step, min(step + 2 * epoch, total), n), n).values():
+                compiling(step_fn, state, frozen, place.batch(made(first), lead, rows), watch.good)
+            for split in batches.keys() - {"train"}:
+                for first in widths(batches[split], range(len(batches[split]))).values():
+                    compiling(predict, state.trainable, frozen, batches[split].batch(0, first), None)
         widest: Any = None  # the longest batch, whose program needs the most memory
 
         def sound(state: Any) -> None:
@@ -187,7 +194,7 @@ def main(argv: list[str]) -> None:
                     print(f"{stop.signal}: saved at step {step} of {total}; the same command resumes it", flush=True)
                     raise SystemExit(EXIT_INTERRUPTED)
 
-        memory = step_bytes(step_fn, state, frozen, widest, watch.good) if widest else 0
+        memory = step_fn.bytes(state, frozen, widest, watch.good) if widest else 0
         # The best state is what the run leaves; the comparison says what it is worth.
         state, _ = saved.restore(state, best["step"])
         left, arrays, rest = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
@@ -225,8 +232,9 @@ def summary(launch: config.Launch, task: data.Task, best: Any, steps: int, basel
 def aside(bar: Progress) -> dict[str, float]:
     # Of the loop's time, what was no step. Waiting for data is the most that the device stood idle for want of it.
     shares = {what: round(share, 4) for what, share in bar.shares().items()}
-    print("of the loop's time: " + ", ".join(f"{what} {100 * share:.2f} %" for what, share in shares.items()))
-    return shares
+    print(f"of the loop's {bar.elapsed:.1f} s: "
+          + ", ".join(f"{what} {100 * share:.2f} %" for what, share in shares.items()))
+    return shares | {"loop": round(bar.elapsed, 2)}
 
 
 def longer(one: Any, other: Any) -> Any:

@@ -22,7 +22,7 @@ from experiments.members import Member, Prepared, assemble, folder_of, maker, nu
 from lorajax import build, config, sweep
 from lorajax.core.adapt import Frozen
 from lorajax.core.sites import by_path
-from lorajax.data.feed import calls
+from lorajax.data.feed import calls, widths
 from lorajax.shard import hosts
 from lorajax.train.compiled import Ready
 from lorajax.train.pack import Pack, make_packed_eval, make_packed_step, widen
@@ -240,7 +240,7 @@ def ready(team: Team, c: Any, adapters: bool, tracing: threading.Lock) -> None:
     train = team.members[0].batches["train"]
     one = batches_of(team, c)(0)
     tasks: list[tuple[Ready, Any]] = []
-    for length in sorted(set(padded(train, c.steps_per_call, team.total))):
+    for length in widths(train, range(0, team.total, c.steps_per_call), c.steps_per_call):
         batch: Any = {name: jax.ShapeDtypeStruct((*x.shape[:-1], length) if name in SEQUENCES else x.shape, x.dtype)
                  for name, x in one.items()}
         tasks.append((program.step, (state, (common, own, values), batch, flags)))
@@ -254,17 +254,11 @@ def ready(team: Team, c: Any, adapters: bool, tracing: threading.Lock) -> None:
     if program.views:
         tasks.append((program.views, (state.control,)))
     with ThreadPoolExecutor(len(tasks)) as pool:
-        for done in [pool.submit(what.compile, tracing, *args) for what, args in tasks]:
+        for done in [what.ahead(pool, tracing, *args) for what, args in tasks]:
             done.result()
 
 
 SEQUENCES = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def padded(train: Any, steps_per_call: int, total: int) -> Any:
-    # The length of every call's batches.
-    for step in range(0, total, steps_per_call):
-        yield max(train.padded(*train.position(s)) for s in range(step, step + steps_per_call))
 
 
 def better_of(improved: jax.Array, new: Any, old: Any) -> Any:

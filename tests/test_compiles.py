@@ -1,23 +1,25 @@
 """How many programs a whole run compiles, and that the next run compiles none of them again."""
 
 import os
+import threading
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_glue import files, folder, own_cache, rows, words  # noqa: F401
 
 from experiments import glue
 from lorajax import config
-from lorajax.train.compiled import PRESETS, compile_cache, compiler_flags
+from lorajax.train.compiled import PRESETS, Ahead, Ready, compile_cache, compiler_flags
 
 
 class Compiled:
     """Programs that XLA was asked for inside, by the name of the jitted function; hits: taken from the cache."""
 
     def __enter__(self):
-        self.names, self.hits = Counter(), 0
+        self.names, self.hits, self.threads = Counter(), 0, Counter()
         jax.monitoring.register_event_duration_secs_listener(self._seconds)
         jax.monitoring.register_event_listener(self._event)
         return self
@@ -28,7 +30,9 @@ class Compiled:
 
     def _seconds(self, name, _, **more):
         if name.endswith("backend_compile_duration"):
-            self.names[more.get("fun_name", "")] += 1
+            name = more.get("fun_name", "")
+            self.names[name] += 1
+            self.threads[name, threading.current_thread().name.split("_")[0]] += 1
 
     def _event(self, name, **_):
         self.hits += name.endswith("cache_hits")
@@ -47,8 +51,27 @@ def test_a_whole_run_compiles_a_program_for_each_length(files, tmp_path, method,
     assert len([row for row in rows(tmp_path) if "eval/accuracy" in row]) == 2
     assert seen.names["jit(one)"] == 2, seen.names
     assert seen.names["jit(evaluate)"] == 2 * (1 + views), seen.names
+    assert seen.threads["jit(one)", "compile"] == seen.threads["jit(evaluate)", "compile"] == 2, seen.threads
     rest = {name: count for name, count in seen.names.items() if name not in ("jit(one)", "jit(evaluate)")}
     assert rest["jit(init)"] == 1 and max(rest.values()) <= 2, seen.names  # single operations
+
+
+def test_a_call_waits_for_its_program():
+    """Ahead, by one thread that is busy at first; of an argument that is donated before it begins; once."""
+    begin, ready = threading.Event(), Ready(jax.jit(lambda x, key: x + jax.random.uniform(key), donate_argnums=0))
+    slow = Ready(jax.jit(lambda x: x if begin.wait(20) else None))
+    x, key = jnp.ones(3), jax.random.key(0)
+    with Compiled() as seen, Ahead(1) as ahead:
+        ahead(slow, x)  # traces until it may go on
+        ahead(ready, x, key)
+        assert ahead(ready, x, key) is ready.made[next(iter(ready.made))]
+        x.delete()
+        begin.set()
+        found = ready(jnp.ones(3), key)
+        np.testing.assert_array_equal(found, 1 + jax.random.uniform(key))
+        assert ready.bytes(jnp.ones(3), key) > 0
+        np.testing.assert_array_equal(ready(jnp.ones(4), key), 1 + jax.random.uniform(key))  # not one of these
+    assert sum(n for (name, thread), n in seen.threads.items() if "lambda" in name and thread == "compile") == 2
 
 
 def test_presets_come_before_the_users_own_flags(monkeypatch):

@@ -17,6 +17,7 @@ from lorajax.data import (
     load_tokenizer,
     tokenize,
 )
+from lorajax.data.feed import calls, widths
 
 WORDS = "the quick brown fox jumps over lazy dogs while seven wizards watch".split()
 
@@ -319,3 +320,12 @@ def test_fewest_lengths(padding):
     part = tokens.lengths[:200]
     alone = fewest_lengths(tokens.lengths, 24, 16, padding, part)
     assert alone[-1] == tokens.lengths.max() and len(alone) <= 24
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_the_widths_of_a_run_are_known_before_its_batches(together):
+    batches = Batches(made_up(99), 8, shapes=5, together=together)
+    steps, made, seen = range(0, 2 * len(batches), together), calls(batches, steps_per_call=together), {}
+    for step in steps:
+        seen.setdefault(made(step)["input_ids"].shape[-1], step)
+    assert widths(batches, steps, together) == seen and len(seen) > 2

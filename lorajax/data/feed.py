@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,18 @@ def calls(batches: Source, *, accumulate: int = 1, steps_per_call: int = 1) -> C
         return {name: x.reshape(*shape, *x.shape[len(lead) + 1 :]) for name, x in stacked.items()}
 
     return call
+
+
+def widths(batches: Any, steps: Iterable[int], steps_per_call: int = 1) -> dict[int, int]:
+    """Padded length -> the first of the calls that begin at `steps` whose batches have it, in that order: the shapes of
+    a run before any batch is made. batches: `lorajax.data.Batches`."""
+    found: dict[int, int] = {}
+    for step in steps:
+        call = range(step, step + steps_per_call)
+        found.setdefault(max(batches.padded(*batches.position(s)) for s in call), step)
+        if len(found) == len(batches.lengths):
+            break
+    return found
 
 
 def ahead(make: Callable[[int], T], steps: Iterable[int], depth: int = 2) -> Iterator[tuple[int, T]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -30,26 +31,60 @@ def compile_cache() -> None:
 
 
 class Ready:
-    """A jitted function, and those of its programs that were compiled before they were asked for."""
+    """A jitted function, and those of its programs that are compiled before they are asked for."""
 
     def __init__(self, jitted: Any):
         self.jitted = jitted
-        self.made: dict[Any, Any] = {}
+        self.made: dict[Any, Future[Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        return self.made.get(_shapes(args), self.jitted)(*args)
+        made = self.made.get(_shapes(args))
+        return self.jitted(*args) if made is None else made.result()(*args)
 
-    def compile(self, tracing: threading.Lock, *args: Any) -> None:
-        """For arguments of these shapes (arrays, or `jax.ShapeDtypeStruct`s), on any thread. tracing: held while Python
-        traces, which it does one function at a time anyway; XLA compiles several."""
-        with tracing:
-            lowered = self.jitted.lower(*args)
-        self.made[_shapes(args)] = lowered.compile()
+    def ahead(self, pool: ThreadPoolExecutor, tracing: threading.Lock, *args: Any) -> Future[Any]:
+        """Compiles for arguments of these shapes (arrays, or `jax.ShapeDtypeStruct`s) in a thread of `pool`; a call
+        that needs the program waits for it. tracing: held while Python traces, one function at a time; XLA compiles
+        several."""
+        key, shapes = _shapes(args), jax.tree.map(_abstract, args)  # arrays may be donated before the thread begins
+
+        def compiled() -> Any:
+            with tracing:
+                lowered = self.jitted.lower(*shapes)
+            return lowered.compile()
+
+        if key not in self.made:
+            self.made[key] = pool.submit(compiled)
+        return self.made[key]
 
     def bytes(self, *args: Any) -> int:
         """As `step_bytes`."""
         made = self.made.get(_shapes(args))
-        return step_bytes(self.jitted, *args) if made is None else bytes_of(made)
+        return step_bytes(self.jitted, *args) if made is None else bytes_of(made.result())
+
+
+class Ahead:
+    """Threads that compile one run's programs while it begins and trains: `Ahead()(ready, *args)`. A context manager:
+    what has not been begun at its end is left. workers: threads, 0 for as many as there are cores, 8 at most."""
+
+    def __init__(self, workers: int = 0):
+        self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="compile")
+        self._tracing = threading.Lock()
+
+    def __call__(self, ready: Ready, *args: Any) -> Future[Any]:
+        return ready.ahead(self._pool, self._tracing, *args)
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _abstract(x: Any) -> Any:
+    if not isinstance(x, jax.Array):
+        return x
+    where, weak = x.sharding if x.committed else None, getattr(x, "weak_type", False)  # keys have none
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
 
 
 def _shapes(args: Any) -> Any:

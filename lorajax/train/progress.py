@@ -87,8 +87,8 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since this process began."""
-        return self._clock() - self._start
+        """Seconds since this process began, to `close`."""
+        return (self._end or self._clock()) - self._start
 
     def write(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
