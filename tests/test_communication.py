@@ -65,6 +65,11 @@ def arrays(found: list[Collective], kind: str) -> dict[int, int]:
     return dict(collections.Counter(n for k, sizes in found if k == kind for n in sizes if n > 1))
 
 
+def scalars(found: list[Collective]) -> int:
+    """How many single numbers all collectives yield together."""
+    return sum(n == 1 for _, sizes in found for n in sizes)
+
+
 COLUMN, ROW = 5, 2  # query, key, value, gate, up; output, down
 
 
@@ -73,6 +78,7 @@ def test_data_parallel_reduces_the_adapters_gradients_and_nothing_else() -> None
     assert {kind for kind, _ in found} == {"all-reduce"}
     widths = [D] * 11 + [F] * 3  # A and B of seven weights by the width of their longer side
     assert arrays(found, "all-reduce") == dict(collections.Counter(R * n for n in widths))
+    assert scalars(found) == 1  # the loss: the gradients' norm and whether all is finite are every device's own
 
 
 def test_fsdp_gathers_each_base_weight_once_and_no_state() -> None:
@@ -82,6 +88,7 @@ def test_fsdp_gathers_each_base_weight_once_and_no_state() -> None:
     assert arrays(found, "all-gather") == dict(collections.Counter([*weights, *factors, B * T]))  # and the ids
     assert arrays(found, "all-reduce") == arrays(program(data=8), "all-reduce")
     assert max(n for kind, sizes in found if kind == "all-to-all" for n in sizes) <= B * T * D // 8
+    assert scalars(found) <= 1 + 2 * 2  # factors of one shape that are split alike have one norm: of D and of F rows
 
 
 def test_fsdp_gathers_a_scanned_layer_at_a_time() -> None:
@@ -103,3 +110,4 @@ def test_tensor_parallel_adds_r_numbers_a_token_to_the_bases_own_reductions() ->
     # Each of the former travels with the base's product.
     together = [sizes for kind, sizes in found if {B * T * R, B * T * D} <= set(sizes)]
     assert len(together) >= ROW
+    assert scalars(found) <= 1 + 2 * 4  # B of D and of F columns, of query and of key and value, A of D and of F rows

@@ -13,6 +13,7 @@ import lorajax as lj
 from lorajax.control.adalora import adalora
 from lorajax.control.controller import Controller
 from lorajax.optim import freeze_ranks
+from lorajax.shard.mesh import make_mesh
 from lorajax.train.step import init_state, make_eval, make_step
 from lorajax.train.watch import HELD, Watch
 
@@ -367,6 +368,22 @@ def test_small_arrays_of_one_type_are_one_reduction():
         found = str(jax.make_jaxpr(lambda x, collect=collect: _all_finite(collect(x)))(tree))
         assert found.count("reduce_and") == count + 1  # and one over those
     assert sorted(x.size for x in _joined(tree)) == [14, 14]
+
+
+def test_on_a_mesh_arrays_that_lie_alike_are_one_reduction():
+    from lorajax.train.step import _joined
+
+    mesh = make_mesh({"tensor": 2})
+    whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "tensor")))
+    tree = [jnp.full(shape, i) for i, shape in enumerate([(2, 4), (3,), (2, 4), (2, 4), (2, 6)])]
+    found = _joined(tree, [split, whole, whole, split, split])
+    assert [x.shape for x in found] == [(2, 2, 4), (11,), (1, 2, 6)]
+    assert [np.unique(x).tolist() for x in found] == [[0, 3], [1, 2], [4]]
+
+    state, given, batch = start(optax.adam(0.1))
+    for shardings in (None, (whole, whole)):  # A and B are one array; one reduction over those, one over `good`
+        step = make_step(squares, Linear(), optax.adam(0.1), shardings=shardings)
+        assert str(jax.make_jaxpr(step)(state, given, batch)).count("reduce_and") == 3
 
 
 def test_a_nan_inside_a_call_of_many_steps_keeps_the_last_good_one():

@@ -6,7 +6,8 @@ The base is an argument of the program, never a constant inside it; the state's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ def make_step(
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
     one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate, fold_scales=fold_scales,
-                      together=not jax.tree.leaves(shardings))
+                      together=True, shardings=shardings and shardings[0])
     run = one if steps_per_call == 1 else repeated(one, steps_per_call)
     return jax.jit(run, donate_argnums=0, out_shardings=shardings)
 
@@ -115,10 +116,12 @@ def make_update(
     accumulate: int = 1,
     fold_scales: bool = False,
     together: bool = False,
+    shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One step of `make_step`, not jitted, for a program of one's own. together: the norm of the gradients, and whether
-    the new values are finite, are reductions of small arrays laid end to end, in place of four kernels for each array;
-    not on a mesh, where they may be split differently."""
+    the new values are finite, are reductions of small arrays laid end to end, in place of four kernels for each array.
+    shardings: of the state, on a mesh: arrays that are split are laid on one another, where shape and sharding are the
+    same."""
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
     if clip is not None and not clip > 0:
@@ -126,9 +129,10 @@ def make_update(
     controller = controller or identity()
     gradients = make_gradients(loss, adapt, controller, accumulate=accumulate, fold_scales=fold_scales)
     tx = optax.with_extra_args_support(tx)
-    collect = _joined if together else jax.tree.leaves
 
     def one(state: TrainState, frozen: Any, batch: Any, good: Any = True) -> tuple[TrainState, dict[str, jax.Array]]:
+        where = shardings and jax.tree.leaves(jax.tree.broadcast(shardings, state).trainable)
+        collect = partial(_joined, where=where) if together else jax.tree.leaves
         found = gradients(state, frozen, batch)
         norm = optax.tree.norm(collect(found.grads))
         scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
@@ -245,12 +249,17 @@ def _own(x: Any) -> jax.Array:
     return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.array(x, dtype=x.dtype, copy=True)
 
 
-def _joined(tree: Any) -> list[jax.Array]:
-    """The leaves, small ones of one type end to end in one array."""
-    leaves, ends = [x for x in jax.tree.leaves(tree) if x.size > SMALL], dict[Any, list[jax.Array]]()
-    for x in jax.tree.leaves(tree):
-        if x.size <= SMALL:
+def _joined(tree: Any, where: Sequence[Any] | None = None) -> list[jax.Array]:
+    """The leaves, small ones of one type end to end in one array. where: their shardings: those that are split are
+    stacked instead, with others of their shape that are split alike."""
+    leaves, ends = [], dict[Any, list[jax.Array]]()
+    for x, at in zip(found := jax.tree.leaves(tree), where or [None] * len(found), strict=True):
+        if x.size > SMALL:
+            leaves.append(x)
+        elif at is None or at.is_fully_replicated:
             ends.setdefault(x.dtype, []).append(x.ravel())
+        else:
+            ends.setdefault((x.dtype, x.shape, at), []).append(x[None])
     return leaves + [jnp.concatenate(group) for group in ends.values()]
 
 
