@@ -1,7 +1,7 @@
 """Time and memory of a LoRA training step on several devices: data parallel, FSDP and tensor parallel against one.
 
     python -m experiments.bench.scaling --devices 2 --json scaling.json                   # two GPUs of one host
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.bench.scaling --runs tiny:one+data
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.bench.scaling --runs tiny:one+data+data:4
 
 Random weights and tokens, LoRA of rank 16 on all linear layers, AdamW, bfloat16 on an accelerator, decoders with the
 fused attention on a GPU; layers unrolled, nothing computed again (`--scan`: scanned, decoders with full remat, which
@@ -9,8 +9,10 @@ compiles faster, and sums gradients over devices once a layer instead of once a 
 same global batch, so `speedup`, over one device with it, is strong scaling; the layout `share` is one device with what
 one of several has of the batch, and `weak` is examples per second over its. Both are of `ms`, a step among `steps` that
 are dispatched one after another, median of three such rows; `waited` is the median of steps that are each waited for,
-as a loop does that looks at every loss. `memory` is XLA's own analysis of the compiled step: arguments and temporaries
-of one device. On forced host devices the times mean nothing.
+as a loop does that looks at every loss. `data:8` takes eight steps in a call (`steps_per_call`), and is compared with
+`one:8` and `share:8`. `memory` is XLA's own analysis of the compiled step: arguments and temporaries of one device.
+All programs are compiled before the first is timed, `--compilers` of them at a time, `compiled in s` each. On forced
+host devices the times mean nothing.
 """
 
 import argparse
@@ -20,15 +22,19 @@ import math
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lorajax as lj
 from configs.plan import NAMES, SHAPES
+from experiments.bench import work
 from experiments.bench.setting import markdown, setting
 from lorajax.core.sites import by_path
 from lorajax.models import Bert, BertConfig, Llama, LlamaConfig
@@ -38,17 +44,37 @@ from lorajax.shard.rules import FAMILIES
 from lorajax.train.step import init_state, make_step
 
 # name: (rows of the batch for each device, tokens of a row)
-CASES = {"bert-base": (32, 128), "1.2b": (8, 1024), "tiny": (4, 16)}
+CASES = {"bert-base": (32, 128), "bert-base-128": (128, 128), "1.2b": (8, 1024), "tiny": (4, 16)}
 LAYOUTS = ("one", "share", "data", "fsdp", "tensor")
 # In this order; each line is written as soon as it is there.
-RUNS = "bert-base:one+share+data,1.2b:one+share+data+fsdp+tensor,bert-base:fsdp+tensor"
+RUNS = "bert-base:one+share+data,1.2b:one+share+data+tensor+fsdp,bert-base-128:one+share+data"
+
+
+class Run(NamedTuple):
+    """A row of the table. layout: one of `LAYOUTS`. steps: in one call."""
+
+    case: str
+    layout: str
+    steps: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.case} {self.layout}{f':{self.steps}' * (self.steps > 1)}"
+
+
+class Program(NamedTuple):
+    """compile: to the step. start: makes (state, frozen, batch) on the devices. batch, tokens: of a step."""
+
+    compile: Any
+    start: Any
+    batch: int
+    tokens: int
 
 
 def model(case: str, scan: bool) -> tuple[str, Any]:
     """(family, module) in the accelerator's own type."""
     kind: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     types: dict[str, Any] = {"dtype": kind, "param_dtype": kind, "scan_layers": scan}
-    if case == "bert-base":
+    if case.startswith("bert-base"):
         return "bert", Bert(BertConfig(hidden_dropout=0.0, attention_dropout=0.0, **types))
     shape: dict[str, Any] = dict(zip(NAMES, SHAPES[case], strict=True))
     fused = "cudnn" if jax.default_backend() == "gpu" else None
@@ -67,81 +93,124 @@ def loss_of(family: str, net: Any) -> Any:
     return loss
 
 
-def measure(case: str, sizes: dict[str, int], parts: int, steps: int, scan: bool) -> dict[str, float]:
-    """Of one step on a mesh of `sizes`, its batch `parts` times a device's rows."""
-    began = time.perf_counter()
-    rows, length = CASES[case][0] * parts, CASES[case][1]
-    family, net = model(case, scan)
-    place = Placement(make_mesh(sizes), (), FAMILIES[family])
+def program(run: Run, devices: int, scan: bool) -> Program:
+    """Traced, with nothing on a device yet; of a step whose batch is that of all devices, or of one for `share`."""
+    family, net = model(run.case, scan)
+    place = Placement(make_mesh({run.layout: devices} if spread(run) else {}), (), FAMILIES[family])
     net = type(net)(dataclasses.replace(net.config, rows=place.rows()))
-    few = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), few)
+    rows, length = CASES[run.case][0] * (1 if run.layout == "share" else devices), CASES[run.case][1]
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     named, tree = by_path(shapes)
-    where = jax.tree.unflatten(tree, list(place.base(named).values())) if place.mesh else None
-    variables = jax.jit(lambda key: net.init(key, jnp.zeros((1, 2), jnp.int32)), out_shardings=where)(jax.random.key(0))
+    base = place.base(named) if place.mesh else dict.fromkeys(named)
     adapt = lj.adapt(lj.sites(net.apply, shapes, jax.ShapeDtypeStruct((rows, length), jnp.int32)),
                      [("all-linear", lj.LoRA(rank=16))])  # fmt: skip
-    trainable, frozen = jax.jit(adapt.init, out_shardings=place.adapters(adapt))(jax.random.key(1), variables)
     tx = optax.adamw(1e-4)
     begin = lambda key, trainable: init_state(key, trainable, tx)  # noqa: E731
-    to = place.state(adapt, jax.eval_shape(begin, jax.random.key(2), trainable))
-    state = jax.jit(begin, out_shardings=to)(jax.random.key(2), trainable)
-    ids = jax.random.randint(jax.random.key(3), (rows, length), 0, net.config.vocab_size, jnp.int32)
-    batch = place.batch({"ids": jax.device_get(ids)})
-    jitted: Any = make_step(loss_of(family, net), adapt, tx, shardings=(to, place.whole))
+    state = jax.eval_shape(begin, jax.random.key(2), adapt.shapes[0])
+    to, adapters = place.state(adapt, state), place.adapters(adapt)
+    ids = np.random.default_rng(3).integers(0, net.config.vocab_size, (rows, length)).astype(np.int32)
+    stack = (lambda x: np.broadcast_to(x, (run.steps, *x.shape))) if run.steps > 1 else lambda x: x
+
+    def start() -> tuple[Any, Any, Any]:
+        drawn = [_drawn(like.shape, like.dtype, base[path])(np.uint32(work.seed(path))) for path, like in named.items()]
+        trainable, frozen = jax.jit(adapt.init, out_shardings=adapters)(jax.random.key(1), tree.unflatten(drawn))
+        state = jax.jit(begin, out_shardings=to)(jax.random.key(2), trainable)
+        return state, frozen, place.batch({"ids": stack(ids)}, lead=int(run.steps > 1))
+
+    step: Any = make_step(loss_of(family, net), adapt, tx, steps_per_call=run.steps, shardings=to and (to, place.whole))
+    at = lambda tree, where: jax.tree.map(_like, tree, where) if where else tree  # noqa: E731
+    frozen = adapt.shapes[1]
+    given = (at(state, to), frozen._replace(base={path: _like(x, base[path]) for path, x in frozen.base.items()}),
+             {"ids": _like(stack(ids), place.rows(int(run.steps > 1)))})  # fmt: skip
     with jax.numpy_dtype_promotion("standard"):
-        step = jitted.lower(state, frozen, batch).compile()
-    ready, memory = time.perf_counter(), step.memory_analysis()
+        return Program(step.lower(*given).compile, start, rows, length)
+
+
+def spread(run: Run) -> bool:
+    return run.layout not in ("one", "share")
+
+
+def _like(x: Any, sharding: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+@cache
+def _drawn(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """seed -> a weight, whose values are of no importance: a hash, so that few and small programs make them all."""
+
+    def made(seed: jax.Array) -> jax.Array:
+        index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+        x = work.drawn(index, seed, lambda h: h.astype(jnp.float32), np.uint32)
+        return (x + (1.0 if len(shape) == 1 else 0.0)).astype(dtype)
+
+    return jax.jit(made, out_shardings=sharding)
+
+
+def compiled(program: Program) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return program.compile(), time.perf_counter() - began
+
+
+def measure(program: Program, step: Any, steps: int, per_call: int) -> dict[str, float]:
+    """Of `steps` steps, or the calls that have as many."""
+    state, frozen, batch = program.start()
+    calls, memory = -(-steps // per_call), step.memory_analysis()
     waited, row = [], []
-    for i in range(steps + 2):
+    for i in range(calls + 2):
         begun = time.perf_counter()
         state, metrics = step(state, frozen, batch)
         jax.block_until_ready(metrics)
         waited += [time.perf_counter() - begun] * (i > 1)
     for _ in range(3):
         begun = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(calls):
             state, metrics = step(state, frozen, batch)
         jax.block_until_ready((state, metrics))
-        row.append((time.perf_counter() - begun) / steps)
-    assert bool(metrics["finite"])
+        row.append((time.perf_counter() - begun) / calls)
+    assert bool(jnp.all(metrics["finite"]))
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return {"batch": rows, "tokens": length, "ms": statistics.median(row) * 1e3,
-            "waited": statistics.median(waited) * 1e3, "memory GiB": held / 2**30, "compiled in s": ready - began}
+    return {"batch": program.batch, "tokens": program.tokens, "ms": statistics.median(row) / per_call * 1e3,
+            "waited": statistics.median(waited) / per_call * 1e3, "memory GiB": held / 2**30}
 
 
-def table(runs: str, devices: int, steps: int, seconds: float, file: Path | None, scan: bool) -> None:
+def table(runs: list[Run], devices: int, steps: int, seconds: float, file: Path | None, scan: bool,
+          compilers: int) -> None:
     began, where = time.perf_counter(), setting() | {"flags": os.environ.get("XLA_FLAGS", "none")}
     rows: list[dict[str, Any]] = []
-    speed: dict[tuple[str, str], float] = {}
-    for case, layout in planned(runs):
+    speed: dict[Run, float] = {}
+    with ThreadPoolExecutor(compilers) as pool:
+        programs = [program(run, devices, scan) for run in runs]
+        steps_of = list(pool.map(compiled, programs))
+    print(f"{len(runs)} programs compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    for run, made, (step, took) in zip(runs, programs, steps_of, strict=True):
         if time.perf_counter() - began > seconds:
-            print(f"{case} {layout}: not measured, {seconds:g} s are over", flush=True)
+            print(f"{run}: not measured, {seconds:g} s are over", flush=True)
             continue
-        spread = layout not in ("one", "share")
-        found = measure(case, {layout: devices} if spread else {}, 1 if layout == "share" else devices, steps, scan)
-        per_second = speed[case, layout] = found["batch"] / found["ms"]
-        speedup, weak = (per_second / speed.get((case, of), math.inf) for of in ("one", "share"))  # 0: not known
-        rows.append({"model": case, "layout": f"{layout} {devices}" if spread else layout, **found, "speedup": speedup,
-                     "efficiency": speedup / (devices if spread else 1), "weak": weak})
+        found = measure(made, step, steps, run.steps)
+        per_second = speed[run] = found["batch"] / found["ms"]
+        speedup, weak = (per_second / speed.get(run._replace(layout=of), math.inf) for of in ("one", "share"))
+        count = devices if spread(run) else 1
+        rows.append({"model": run.case, "layout": f"{run.layout} {devices}" if spread(run) else run.layout,
+                     "steps a call": run.steps, **found, "compiled in s": took, "speedup": speedup,
+                     "efficiency": speedup / count, "weak": weak})  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
         if file:
             file.write_text(json.dumps({"setting": where, "rows": rows}, indent=1) + "\n")
             file.with_suffix(".md").write_text(markdown(rows, where) + "\n")
-        jax.clear_caches()
     print(markdown(rows, where) if rows else "nothing measured")
 
 
-def planned(runs: str) -> list[tuple[str, str]]:
-    """`bert-base:one+data,...` as (model, layout)."""
+def planned(runs: str) -> list[Run]:
+    """`bert-base:one+data+data:8,1.2b:one` as runs."""
     found = []
     for words in runs.split(","):
         case, _, layouts = words.partition(":")
-        for layout in layouts.split("+"):
-            if case not in CASES or layout not in LAYOUTS:
-                raise SystemExit(f"--runs={words}: give model:layout+layout, of {', '.join(CASES)} and "
+        for word in layouts.split("+"):
+            layout, _, steps = word.partition(":")
+            if case not in CASES or layout not in LAYOUTS or not (steps or "1").isdigit():
+                raise SystemExit(f"--runs={words}: give model:layout+layout:8,model:layout, of {', '.join(CASES)} and "
                                  f"{', '.join(LAYOUTS)}")
-            found.append((case, layout))
+            found.append(Run(case, layout, int(steps or 1)))
     return found
 
 
@@ -153,8 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no measurement after so many")
     parser.add_argument("--json", type=Path, help="write the numbers there, and the table beside it, after every line")
     parser.add_argument("--scan", action="store_true", help="scanned layers, decoders with full remat")
-    options = parser.parse_args(argv)
-    table(options.runs, options.devices, options.steps, options.seconds, options.json, options.scan)
+    parser.add_argument("--compilers", type=int, default=4, help="programs compiled at the same time")
+    o = parser.parse_args(argv)
+    table(planned(o.runs), o.devices, o.steps, o.seconds, o.json, o.scan, o.compilers)
 
 
 if __name__ == "__main__":
