@@ -83,6 +83,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.head_dropout = 0.0
     c.compute_dtype = "auto"
     c.scan_layers = False
+    # attention: XLA's, or cudnn for the fused kernel (NVIDIA GPUs, 16 bits; passes with attention dropout take XLA's);
+    # '' for JAX's choice, auto for cudnn where it runs.
+    c.attention = ""
     # remat: what the backward pass computes again: none; attention, all but the products with weights and the fused
     # attention; full; auto, the first of these whose compiled step fits `memory` GiB of a device, 0 for all it has.
     c.remat = "none"
@@ -184,10 +187,8 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     # behind them. packing: several pairs in a row of that length.
     c.update(examples=0, max_length=512, shapes=4, batch=8, eval_batch=32, epochs=1.0, eval_every=0, log_every=10)
     c.packing = False
-    # Model. dropout: of a GPT-2, -1 for the checkpoint's own. attention: how jax.nn.dot_product_attention does it, ''
-    # for JAX's choice, cudnn for the fused kernel.
+    # Model. dropout: of a GPT-2, -1 for the checkpoint's own.
     c.dropout = 0.0
-    c.attention = ""
     # Loss: sft, or dpo on constructed preferences, with the settings of lorajax.train.dpo.
     c.loss = "sft"
     c.dpo = {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}
@@ -213,7 +214,8 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
 
 
 # What a method's config says of text.
-TEXT = ("max_length", "shapes", "padding", "pooling", "dropout", "head_dropout", "scan_layers", "neftune", "balance")
+TEXT = ("max_length", "shapes", "padding", "pooling", "dropout", "head_dropout", "scan_layers", "attention", "neftune",
+        "balance")
 
 
 def vision(arg: str | None, *, task: str, model: str, lr: float, targets: str, **values: Any) -> ConfigDict:

@@ -21,7 +21,7 @@ from lorajax.train.footprint import Activations, Footprint, footprint, kept
 SHARE = 0.25
 # Settings that the arrays between forward and backward pass depend on, beside those of the variant.
 KEEPS = ("args.model", "args.targets", "batch", "accumulate", "compute_dtype", "remat", "scan_layers", "dropout",
-         "head_dropout", "pooling", "neftune", "controller.name")  # fmt: skip
+         "head_dropout", "pooling", "neftune", "controller.name", "attention")  # fmt: skip
 KEPT: dict[str, Activations] = {}
 
 

@@ -19,6 +19,8 @@ from experiments import glue
 from experiments.balance import in_use
 from lorajax import build, config, data, sweep
 from lorajax.control import Controller
+from lorajax.models import Bert
+from lorajax.models.attention import side_by_side
 from lorajax.shard import hosts
 from lorajax.train.pack import Parts
 from lorajax.train.run import run_folder, write_json
@@ -82,7 +84,8 @@ def numbers(group: sweep.Group, m: Member, longest: int) -> dict[str, Any]:
 
 # What the runs of a study read stays read. A few tasks and one model.
 TEXT = ("args.task", "args.model", "data", "examples", "max_length")
-NET = ("args.model", "pooling", "compute_dtype", "head_dropout", "scan_layers", "remat", "dropout")
+NET = ("args.model", "pooling", "compute_dtype", "head_dropout", "scan_layers", "remat", "dropout",
+       "attention")
 LOADED: dict[Any, Any] = {}
 READING = threading.RLock()  # programs are made in threads
 
@@ -96,12 +99,19 @@ def prepared(c: ConfigDict) -> Prepared:
     text = json.dumps({k: v for k, v in flat.items() if k in TEXT})
     with READING:
         found = once(text, lambda: build.load_data(c))
-        model = once((net, found.task.outputs), lambda: build.load_model(c, found.task, jax.random.key(0)))
+        model = once((net, found.task.outputs), lambda: load_model(c, found.task))
         tokens = once((text, "tokens"), lambda: build.tokens(c, found, model.folder))
         one = build.batches(c, tokens)["train"].batch(0, 0)
         seen = *(x.shape for x in one.values()), net, found.task.outputs
         sites = once(seen, lambda: lj.sites(model.net.apply, model.variables, *glue.inputs(one)))
     return Prepared(found, tokens, model, sites)
+
+
+def load_model(c: ConfigDict, task: Any) -> build.Model:
+    model = build.load_model(c, task, jax.random.key(0))
+    if model.net.config.attention not in ("cudnn", "auto"):
+        return model
+    return model._replace(net=Bert(dataclasses.replace(model.net.config, attention=side_by_side)))
 
 
 def once(key: Any, read: Callable[[], Any]) -> Any:

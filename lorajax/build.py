@@ -154,7 +154,7 @@ def load_model(config: ConfigDict, task: data.Task, key: jax.Array) -> Model:
     place = placement(config, str(checkpoint.config.get("model_type")))
     overrides: dict[str, Any] = {"num_labels": task.outputs, "pooling": config.pooling, "dtype": compute_dtype(config)}
     overrides |= {"head_dropout": config.head_dropout, "scan_layers": config.scan_layers, "remat": remat(config)}
-    overrides |= {"rows": place.rows()}
+    overrides |= {"rows": place.rows(), "attention": attention(config)}
     if config.dropout >= 0:  # negative: the checkpoint's own
         overrides |= {"hidden_dropout": config.dropout, "attention_dropout": config.dropout}
     settings = BertConfig.from_hf(checkpoint.config, **overrides)
@@ -175,6 +175,15 @@ def remat(config: ConfigDict) -> str:
         raise ConfigError(f"memory={config.memory:g} is the GiB of a device that remat='auto' may use, and remat is "
                           f"{config.remat!r}: leave it 0, or set remat=auto and more than 0")
     return "none" if config.remat == "auto" else config.remat
+
+
+def attention(config: ConfigDict) -> Any:
+    """`config.attention` as models know it; older runs have none."""
+    known = choose("attention", config.get("attention", ""), {"": None, "xla": "xla", "cudnn": "cudnn", "auto": "auto"})
+    if known == "cudnn" and jnp.dtype(compute_dtype(config)).itemsize > 2:
+        raise ConfigError("attention=cudnn computes in 16 bits, and compute_dtype is float32: take attention=auto, "
+                          "which is cuDNN's where that runs, or compute_dtype=bfloat16")
+    return known
 
 
 def with_head(model: Model, key: jax.Array) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def load_model(config: ConfigDict) -> Model:
     dtype = build.compute_dtype(config)
     overrides: dict[str, Any] = {"dtype": dtype, "scan_layers": config.scan_layers,
                                  "remat": build.remat(config)}
-    overrides |= {"attention": config.attention} if config.attention else {}
+    overrides |= {"attention": build.attention(config)}
     if config.args.model == "tiny":
         return _tiny(overrides, build.placement(config, str(TINY["model_type"])))
     folder = assets.resolve(config.args.model).path

@@ -49,6 +49,7 @@ class Parts(NamedTuple):
     trained: int
     loss: Any
     adapt: Any
+    net: Any
 
 
 def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path | None = None) -> Parts:
@@ -94,19 +95,22 @@ def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path |
             leaf: drawn(f"{module}.lora_{leaf}.weight", getattr(adapter, leaf).shape[::-1], True, dtype).astype(
                 jnp.float32) for leaf in ("A", "B") if leaf in adapter._fields})  # fmt: skip
 
-    c: Any = config.load("configs/lora.py")
-    c.unlock()
-    c.packing = False
-    if work.decoder:
-        loss = objective.make_sft(c, language.Model(net, {}, (), None, None, "", "", "", LOCAL), adapt)
-    else:
-        loss = glue.make_loss(net, TASKS["sst2"], c)
+    loss = make_loss(work, net, adapt)
     tx = optim.adamw(RATE, weight_decay=0.01)
     step = make_step(loss, adapt, tx, clip=None, steps_per_call=steps_per_call)
     if steps_per_call > 1:
         batch = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps_per_call, *x.shape)), batch)
     return Parts(step, init_state(jax.random.key(0), trainable, tx), frozen, batch, adapt.count(trainable), loss,
-                 adapt)
+                 adapt, net)
+
+
+def make_loss(work: Work, net: Any, adapt: lj.Adapt) -> Any:
+    c: Any = config.load("configs/lora.py")
+    c.unlock()
+    c.packing = False
+    if work.decoder:
+        return objective.make_sft(c, language.Model(net, {}, (), None, None, "", "", "", LOCAL), adapt)
+    return glue.make_loss(net, TASKS["sst2"], c)
 
 
 def drawn(name: str, shape: tuple[int, ...], transposed: bool, dtype: Any) -> jax.Array:

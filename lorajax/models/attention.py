@@ -41,6 +41,9 @@ def attend(
     never form, so it takes the plain path.
     """
     if drop is None:
+        if implementation == "auto":
+            masked = mask is not None or bias is not None
+            implementation = "cudnn" if cudnn_fits(q, k, masked) else None
         if callable(implementation):
             return implementation(q, k, v, mask=mask, bias=bias, causal=causal, window=window, scale=scale)
         if implementation == "cudnn" and mask is not None:  # its bias has every query and key
@@ -65,6 +68,25 @@ def attend(
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def cudnn_fits(q: jax.Array, k: jax.Array, masked: bool) -> bool:
+    """Whether cuDNN's attention runs here: an NVIDIA GPU, 16 bits, heads of 8, 16, ..., 128 and, with a mask or bias,
+    even lengths."""
+    shapes = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    shapes = shapes and not (masked and (q.shape[1] % 2 or k.shape[1] % 2))
+    return shapes and jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
+
+
+def side_by_side(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Any = None, bias: Any = None, **how: Any
+) -> jax.Array:
+    """For `Execution.attention` where runs are vmapped: `attend` as 'auto' has it. JAX batches cuDNN's attention only
+    with a mask and a bias of every head."""
+    if cudnn_fits(q, k, True):
+        whole = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+        mask, bias = (x if x is None else jnp.broadcast_to(x, whole) for x in (mask, bias))
+    return attend(q, k, v, mask=mask, bias=bias, implementation="auto", **how)
 
 
 def causal_mask(queries: int, keys: int, first: int | jax.Array, window: int | None = None) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -17,9 +18,16 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    # By erf in float32, as torch has it. `jax.nn.gelu` calls erfc, exact far below 0 as well, which is 67 operations
+    # for each element in place of 7: on a GPU more time than reading and writing it.
+    wide = x if jnp.finfo(x.dtype).bits > 32 else x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
+
+
 # Its input alone is kept for the backward pass. Of the others XLA's GPU compiler sees to that; these it takes for too
 # dear to compute again, and writes three arrays of a model's widest size in place of one.
-_gelu, _gelu_tanh = (jax.checkpoint(partial(jax.nn.gelu, approximate=by_tanh)) for by_tanh in (False, True))
+_gelu, _gelu_tanh = jax.checkpoint(_exact_gelu), jax.checkpoint(partial(jax.nn.gelu, approximate=True))
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
@@ -57,18 +65,20 @@ class Execution:
         probabilities; 'full', everything; or a name in `jax.checkpoint_policies` (see `REMAT_POLICIES`).
     rows: sharding of the rows of what flows from layer to layer, on a mesh; None leaves it to the compiler, which under
         FSDP may well cut features instead of rows. No number depends on it.
-    attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla' or 'cudnn' (fused, on
-        NVIDIA GPUs with a 16-bit dtype and a head size that 8 divides). Causal mask and window are the kernel's own.
-        Padding, segments of packed rows and caches reach it as a 16-bit bias (B, 1, T, S) for each query and key; the
-        probabilities, (B, N, T, S), are never formed. Dropout of these needs them, so it takes the plain path. A
-        function of q, k, v and `attend`'s mask, bias, causal, window and scale is called in its place.
+    attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla', 'cudnn' (fused, on
+        NVIDIA GPUs with a 16-bit dtype, a head size that 8 divides and, with a mask, even lengths) or 'auto', cudnn
+        where that is so (asked when the model is traced) and None elsewhere; under a vmap over runs
+        `attention.side_by_side`. Causal mask and window are the kernel's own. Padding, segments of packed rows and
+        caches reach it as a 16-bit bias (B, 1, T, S) for each query and key; the probabilities, (B, N, T, S), are never
+        formed. Dropout of these needs them, so it takes the plain path. A function of q, k, v and `attend`'s mask,
+        bias, causal, window and scale is called in its place.
     """
 
     dtype: Any = field(default=jnp.float32)
     param_dtype: Any = field(default=jnp.float32)
     scan_layers: bool = False
     remat: str = "none"
-    attention: Literal["xla", "cudnn"] | Callable[..., Any] | None = None
+    attention: Literal["xla", "cudnn", "auto"] | Callable[..., Any] | None = None
     rows: Any = None
 
     def __post_init__(self) -> None:
