@@ -200,6 +200,17 @@ def test_figures_show_the_numbers_of_the_table(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn["dylora"].get_xdata(), [1, 2, 3, 4])
     np.testing.assert_allclose(drawn["dylora"].get_ydata(), [51, 52, 53, 54])
     assert drawn["dylora"].get_linestyle() == "--"
+    # One task alone: the plain scale has its name too, what was pruned stands at what is left, the title has room.
+    runs = [r._replace(method=r.method if "rslora" in r.method else r.method + ",variant.rslora=False")
+            for r in study() if r.task == "rte" and r.method != "dylora"]
+    pruned = {"variant.rank": 3, "controller.target_rank": 2}
+    runs += [Result("rte", "adalora,rank=2", 1e-3, seed, 0.6, 300, 1.0, settings=pruned) for seed in range(3)]
+    figure = figures.against_rank(runs)
+    drawn = {line.get_label(): line.get_xdata() for line in figure.axes[0].get_lines()}
+    assert set(drawn) == {"lora,alpha / r", "lora,alpha / sqrt(r)", "adalora"} and list(drawn["adalora"]) == [2]
+    figure.canvas.draw()
+    title = figure.get_suptitle() and figure._suptitle.get_window_extent()
+    assert title.x0 > 0 and title.x1 < figure.bbox.width
     lost = figures.rates([r for r in study() if r.method == "lora" and r.task == "rte"]).axes[0].get_images()[0]
     np.testing.assert_allclose(lost.get_array(), [[-5, 0, -5]], atol=1e-9)
     places = [text.get_text() for text in figures.comparison(cells(study()), "lora").axes[0].get_yticklabels()]

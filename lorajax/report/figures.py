@@ -128,20 +128,21 @@ def rates(results: Sequence[Result], reference: str = "") -> Any:
 
 def against_rank(results: Sequence[Result]) -> Any:
     """Score against rank, a panel a task and a line for each scale or method; each point at its own rate. A run that
-    was scored at several ranks (DyLoRA) is one line by itself, dashed."""
+    was scored at several ranks (DyLoRA) is one line by itself, dashed. Where ranks are pruned or grown (AdaLoRA), the
+    average that is left counts."""
     lines: dict[tuple[str, str], dict[int, Cell]] = defaultdict(dict)
     whole: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for run in results:
         whole[run.task, _line(run)].append(run)
     for (task, name), runs in whole.items():
         if not runs[0].views:
-            for rank in sorted({run.settings["variant.rank"] for run in runs}):
-                mine = [run._replace(method=name) for run in runs if run.settings["variant.rank"] == rank]
+            for rank in sorted({_rank(run) for run in runs}):
+                mine = [run._replace(method=name) for run in runs if _rank(run) == rank]
                 lines[task, name][rank] = cells(mine)[0]
     tasks = list(dict.fromkeys(task for task, _ in whole))
     names = list(dict.fromkeys(name for _, name in whole))
     color = dict(zip(names, LINES * (1 + len(names) // len(LINES)), strict=False))
-    figure, axes = canvas(0.6 + 3.6 * len(tasks), 3.1, 1, len(tasks))
+    figure, axes = canvas(max(5.6, 0.6 + 3.6 * len(tasks)), 3.1, 1, len(tasks))
     for ax, task in zip(axes[0], tasks, strict=True):
         for name in names:
             points = _of_views(whole.get((task, name), []), name) or lines.get((task, name), {})
@@ -169,8 +170,12 @@ def _line(run: Result) -> str:
     """The method without its rank; where rank-stabilised and plain scales meet, the scale."""
     name = ",".join(p for p in run.method.split(",") if p.partition("=")[0] not in ("rank", "variant.alpha"))
     if "variant.rslora=" in name:
-        return re.sub(r"variant\.rslora=True", r"alpha / sqrt(r)", name)
+        return name.replace("variant.rslora=True", "alpha / sqrt(r)").replace("variant.rslora=False", "alpha / r")
     return name
+
+
+def _rank(run: Result) -> int:
+    return run.settings.get("controller.target_rank") or run.settings["variant.rank"]
 
 
 def _of_views(runs: Sequence[Result], name: str) -> dict[int, Cell]:
