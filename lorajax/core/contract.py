@@ -57,8 +57,8 @@ def scale(y: jax.Array, g: jax.Array) -> jax.Array:
     return (y.astype(compute) * g.astype(compute)).astype(y.dtype)
 
 
-def dot_general(eqn, left, right) -> jax.Array:
-    """x W' for any dimension numbers, the weight on either side."""
+def dot_general(eqn, left, right, hidden: Any = None) -> jax.Array:
+    """x W' for any dimension numbers, the weight on either side. hidden: of `lorajax.core.siblings.Ahead`."""
     if isinstance(left, Bound) and isinstance(right, Bound):
         raise Decline("a product of two weights")
     node_left = isinstance(left, Bound)
@@ -91,15 +91,16 @@ def dot_general(eqn, left, right) -> jax.Array:
         if scales is not None:
             y = scale(y, scales)
     how = {"precision": eqn.params["precision"], "preferred_element_type": eqn.params["preferred_element_type"]}
-    for term in node.terms:
+    for i, term in enumerate(node.terms):
         if term.tap is not None:
             y = tapped(y, x, term.tap, term.seen, set(nc), node.path)
         xt = dropped(term, x) if (term.a is not None or term in redo) else x
         if term in redo:  # with dropout, (g - 1) acts on the dropped input: a second base product
             y = y + scale(base(xt), for_tokens(term, term.g.spread(out) - 1, 0, out, sizes, node.path))
         if term.a is not None and term.b is not None:
-            update = low_rank(term, term.a, term.b, xt, x, out, set(nc), node_left, mesh, y, how).astype(y.dtype)
-            y = y + for_tokens(term, update, 0, out, sizes, node.path)
+            given = None if hidden is None or hidden[i] is None else Labelled(hidden[i], (*free_x, RANK))
+            update = low_rank(term, term.a, term.b, xt, x, out, set(nc), node_left, mesh, y, how, given)
+            y = y + for_tokens(term, update.astype(y.dtype), 0, out, sizes, node.path)
     return checkpoint_name(y, PRODUCT)
 
 
@@ -138,8 +139,9 @@ def _split_scales(node: Bound, x: Labelled, contracted: set[int], out: tuple[int
 
 
 def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled, out: tuple[int, ...],
-             contracted: set[int], node_left: bool, mesh: Any, y: jax.Array, how: dict[str, Any]) -> jax.Array:
-    """s ((x a) e) b o in the dimensions `out`, whichever factor spans the contracted dimensions first."""
+             contracted: set[int], node_left: bool, mesh: Any, y: jax.Array, how: dict[str, Any],
+             given: Labelled | None = None) -> jax.Array:
+    """s ((x a) e) b o in the dimensions `out`, whichever factor spans the contracted dimensions first. given: x a."""
     factors = sorted((a, b), key=lambda f: -_spanned(f, contracted))
     first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in factors)
     spec = _specs(mesh, x, first, second, *[Labelled(f.array, f.dims) for f in (term.e, term.o) if f is not None])
@@ -148,7 +150,7 @@ def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled,
         x, o = times(x, o), None
     keep = {*out, *second.labels, *(term.e.dims if term.e is not None else ())}
     pair = (first, x) if node_left else (x, first)
-    hidden = meet(*pair, keep, mesh, spec, precision=how["precision"])
+    hidden = given or meet(*pair, keep, mesh, spec, precision=how["precision"])
     hidden = hidden._replace(array=term.scaled(hidden.array))
     if term.e is not None:
         hidden = times(hidden, term.e)

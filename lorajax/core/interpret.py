@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lorajax.core import compat, contract, structure
+from lorajax.core import compat, contract, siblings, structure
 from lorajax.core.bound import RANK, Factor, dense, is_bound
 from lorajax.core.packed import is_packed
+from lorajax.core.siblings import Siblings
 from lorajax.core.structure import Decline
 
 Report = Callable[[str, str, str, str], None]
@@ -41,17 +42,37 @@ class Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
         stack = compat.name_stack()
 
+        together, makers = Siblings(jaxpr), dict[Any, Any]()
+
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-        for eqn in jaxpr.eqns:
-            values = [read(atom) for atom in eqn.invars]
+        def evaluate(eqn):
+            values, hidden = [read(atom) for atom in eqn.invars], ()
             with compat.scope(eqn, stack):
-                if any(map(is_bound, values)):
-                    results = self.apply(eqn, values)
-                else:
+                if not any(map(is_bound, values)):
                     results = compat.bind(eqn, values)
+                else:
+                    if eqn.primitive.name == "dot_general" and not is_bound(values[0]):
+                        fn = siblings.products if self.depth else siblings.shared
+                        values[0], *hidden = together.ahead(eqn, values[0], weight, fn)
+                    results = self.apply(eqn, values, *hidden)
             env.update(zip(eqn.outvars, results, strict=True))
+
+        def weight(atom):
+            """The weight that a later equation reads, whose way there (casts, layout) is gone now; None for data."""
+            if isinstance(atom, compat.Literal) or atom in env:
+                return read(atom)
+            if not makers:
+                makers.update((v, e) for e in jaxpr.eqns if e.primitive.name in structure.RULES for v in e.outvars)
+            if atom not in makers or not all(is_bound(weight(a)) for a in makers[atom].invars):
+                return None
+            evaluate(makers[atom])
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            if not eqn.outvars or eqn.outvars[0] not in env:
+                evaluate(eqn)
         return [read(atom) for atom in jaxpr.outvars]
 
     def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -65,8 +86,8 @@ class Interpreter:
         finally:
             self.depth -= 1
 
-    def apply(self, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-        """One equation with at least one bound operand."""
+    def apply(self, eqn: Any, values: Sequence[Any], *hidden: Any) -> Sequence[Any]:
+        """One equation with at least one bound operand. hidden: of `contract.dot_general`."""
         name = eqn.primitive.name
         try:
             if name in FLOW:
@@ -78,7 +99,7 @@ class Interpreter:
             rules = structure.RULES if name in structure.RULES else contract.RULES if self.depth else contract.SHARED
             if name not in rules:
                 raise Decline("no rule for this primitive")
-            result = rules[name](compat.Operation(eqn.primitive, tuple(eqn.params.items())), *values)
+            result = rules[name](compat.Operation(eqn.primitive, tuple(eqn.params.items())), *values, *hidden)
             return [_settle(r) for r in (result if isinstance(result, list) else [result])]
         except Decline as why:
             return compat.bind(eqn, [self.merge(v, eqn, str(why)) for v in values])
