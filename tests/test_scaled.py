@@ -51,6 +51,14 @@ def weighted(out: jax.Array) -> jax.Array:
     return jnp.sum(out.ravel() * WEIGHTS[: out.size])
 
 
+def test_the_scale_of_the_sum_of_both_products_is_the_last_pass() -> None:
+    """(x W + x A B) g: whatever reads the result can do it as it reads, and only this sum is kept for g's gradient."""
+    adapt, trainable, frozen = bound(MODELS["matmul"], DoRA(LoRA(rank=2)))[1:]
+    jaxpr = jaxprs.trace(lambda t: lj.lift(MODELS["matmul"].fn)(adapt.bind(t, frozen), MODELS["matmul"].x), trainable)
+    large = [eqn.primitive.name for eqn in jaxprs.equations(jaxpr) if eqn.outvars[0].aval.shape == (ROWS, 8)]
+    assert [name for name in large if name != "jit"] == ["dot_general", "dot_general", "add", "name", "mul"]
+
+
 @pytest.mark.parametrize(("name", "detach"), [*[(name, True) for name in MODELS], ("matmul", False)])
 def test_output_and_gradients(name: str, detach: bool) -> None:
     """One magnitude is 0 and one far below it: their gradients are what they are for any other."""

@@ -70,7 +70,8 @@ def bank(adapt: Adapt, trainable: Mapping[str, Any], frozen: Frozen, *, params: 
 
     def terms(trainable: Any, aux: Any, key: Any) -> dict[str, Any]:
         bound = by_path(adapt.bind(trainable, frozen._replace(aux=aux), key=key, masks=masks), is_leaf=is_bound)[0]
-        return {path: bound[path] if isinstance(choice, Full) else bound[path].terms
+        return {path: bound[path] if isinstance(choice, Full) else tuple(t._replace(bare=None)
+                                                                         for t in bound[path].terms)
                 for path, choice in adapt.plan.items()}
 
     def one(tree: Any, axes: Any) -> Any:

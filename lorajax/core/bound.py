@@ -122,6 +122,7 @@ class Term(NamedTuple):
     0 for padding, in the shape of the leading dimensions of X.
     only: bool (tokens,), the tokens of the row that this adapter acts on (`lorajax.core.mixed`).
     fold: that g may multiply the weight instead of the result (`lorajax.core.scaled`).
+    bare: b without g, which is in b as well: g W + a b = g (W + a bare).
     """
 
     a: Factor | None = None
@@ -139,6 +140,7 @@ class Term(NamedTuple):
     seen: Factor | None = None
     only: Any = None
     fold: Number | None = None
+    bare: Factor | None = None
 
     def folded(self) -> Term:
         """The same term with e and o multiplied into b, for where there is no activation to multiply."""

@@ -83,7 +83,10 @@ def dot_general(eqn, left, right, hidden: Any = None) -> jax.Array:
     mesh = compat.explicit_mesh(x.array, *([] if is_packed(node.w) else [node.w]))
     rows = math.prod(n for d, n in zip(x.labels, x.array.shape, strict=True) if d >= FREE)
     g, redo = scaled.foldable(node, set(nc), rows) if mesh is None else None, list[Term]()
-    if g is not None:
+    last = _last(node, set(nc)) if g is None else None
+    if last is not None:
+        y = base(x)
+    elif g is not None:
         y = scaled.product(run, node.w, x.array, g, out)
     else:
         x_in, scales, redo = _split_scales(node, x, set(nc), out, sizes)
@@ -99,9 +102,20 @@ def dot_general(eqn, left, right, hidden: Any = None) -> jax.Array:
             y = y + scale(base(xt), for_tokens(term, term.g.spread(out) - 1, 0, out, sizes, node.path))
         if term.a is not None and term.b is not None:
             given = None if hidden is None or hidden[i] is None else Labelled(hidden[i], (*free_x, RANK))
-            update = low_rank(term, term.a, term.b, xt, x, out, set(nc), node_left, mesh, y, how, given)
+            b = term.b if last is None else term.bare
+            update = low_rank(term, term.a, b, xt, x, out, set(nc), node_left, mesh, y, how, given)
             y = y + for_tokens(term, update.astype(y.dtype), 0, out, sizes, node.path)
-    return checkpoint_name(y, PRODUCT)
+    y = checkpoint_name(y, PRODUCT)
+    return y if last is None else scale(y, last.spread(out))
+
+
+def _last(node: Bound, contracted: set[int]) -> Factor | None:
+    """The scale that multiplies the sum of both products, (x W + (x a) bare) g: a pass that whatever reads the result
+    does as it reads, where a scale of x W alone writes that once more."""
+    (term, *others), g = node.terms or (Term(),), None
+    if term.bare is not None and not others and term.key is None and term.only is None:
+        g = term.g
+    return None if g is None or contracted.intersection(g.dims) else g
 
 
 def for_tokens(term: Term, y: jax.Array, other: float, labels: tuple[int, ...], sizes: Sequence[int],
@@ -334,8 +348,8 @@ def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
     return y
 
 
-RULES = {"dot_general": dot_general, "conv_general_dilated": conv, "gather": gather,
-         "ragged_dot_general": ragged_dot, "ragged_dot": ragged_dot}
+RULES: dict[str, Any] = {"dot_general": dot_general, "conv_general_dilated": conv, "gather": gather,
+                         "ragged_dot_general": ragged_dot, "ragged_dot": ragged_dot}
 SHARED = {name: jax.jit(rule, static_argnums=0) for name, rule in RULES.items()}
 """The same rules as functions that equal layers share: traced and differentiated once, so that an unrolled model with
 adapters has no more equations to differentiate than one without."""

@@ -48,7 +48,7 @@ class Interpreter:
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
         def evaluate(eqn):
-            values, hidden = [read(atom) for atom in eqn.invars], ()
+            values, hidden = [read(atom) for atom in eqn.invars], list[Any]()
             with compat.scope(eqn, stack):
                 if not any(map(is_bound, values)):
                     results = compat.bind(eqn, values)

@@ -53,6 +53,7 @@ def aligned(site: Site, factors: Factors) -> Term:
         s = None
     if a is not None and g_in is not None:
         a = _deeper(a, g_in.ndim + 1) * g_in[..., :, None]
+    bare = b if g is not None and o is None else None
     if o is not None and g is not None:
         o = o * g
     elif b is not None and g is not None:
@@ -62,6 +63,7 @@ def aligned(site: Site, factors: Factors) -> Term:
     rank_a, rank_b = None if a is None else a.shape[-1], None if b is None else b.shape[-2]
     scale = _along(site, g, site.out_axes) if g is not None else _along(site, g_in, site.in_axes)
     return Term(_along(site, a, site.in_axes, after=rank_a), _along(site, b, site.out_axes, before=rank_b), scale,
+                bare=_along(site, bare, site.out_axes, before=rank_b),
                 s=None if s is None else Number(float(s)), o=_along(site, o, site.out_axes),
                 e=None if e is None else Factor(e, (*site.stack_axes[:e.ndim - 1], RANK)),
                 router=_along(site, router, site.in_axes, after=None if router is None else router.shape[-1]))

@@ -146,7 +146,10 @@ def convert(eqn, node: Bound) -> Bound:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Decline(f"conversion to {dtype}")
-    terms = tuple(t._replace(a=t.a and t.a.astype(dtype), b=t.b and t.b.astype(dtype)) for t in node.terms)
+    def cast(f: Factor | None) -> Factor | None:
+        return f and f.astype(dtype)
+
+    terms = tuple(t._replace(a=cast(t.a), b=cast(t.b), bare=cast(t.bare)) for t in node.terms)
     return Bound(moved(eqn, node.w)[0], terms, node.path)
 
 
@@ -213,7 +216,10 @@ def negate(eqn, node: Bound) -> Bound:
 
 def scaled(node: Bound, w: Any, times: Callable[[Any], Any]) -> Bound:
     """A scalar multiple: of the weight, `w`, and of one factor of each term; scales `g` are relative to the weight."""
-    return Bound(w, tuple(t._replace(b=t.b and Factor(times(t.b.array), t.b.dims)) for t in node.terms), node.path)
+    def changed(f: Factor | None) -> Factor | None:
+        return f and Factor(times(f.array), f.dims)
+
+    return Bound(w, tuple(t._replace(b=changed(t.b), bare=changed(t.bare)) for t in node.terms), node.path)
 
 
 def multiply(eqn, left, right) -> Bound:

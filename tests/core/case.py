@@ -1,7 +1,7 @@
 """One row of the table of models: a function, its parameters and arguments, and the weights `sites` must find in it.
 
-Sizes are chosen so that no activation has the shape of a weight and the probe's rank (3) is no size of any model:
-what `jaxprs.weight_shaped` counts is then unambiguous.
+Sizes are chosen so that no activation has the shape of a weight, and the probe's rank (3) is no size of any model, nor
+that of several weights that read one input: what `jaxprs.weight_shaped` counts is then unambiguous.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def control_grad_inside() -> Built:
 
         return jax.grad(energy)(x), jax.grad(jax.checkpoint(energy))(x), jax.jvp(energy, (x,), (x,))[1]
 
-    return one(fn, d(8, 12), X)
+    return one(fn, d(8, 13), X)
 
 
 @case(W)

@@ -93,7 +93,7 @@ def linen_attention() -> Built:
 
 @case({f"params/cell/{gate}/kernel": Weight() for gate in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")})
 def linen_lstm() -> Built:
-    return linen(nn.RNN(nn.LSTMCell(12, name="cell")), X)
+    return linen(nn.RNN(nn.LSTMCell(13, name="cell")), X)
 
 
 @case({f"params/cell/{gate}/kernel": Weight() for gate in ("ir", "iz", "in", "hr", "hz", "hn")})

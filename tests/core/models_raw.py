@@ -166,7 +166,7 @@ def raw_scaled() -> Built:
         s = n.astype(jnp.float32)
         return x @ (w * 0.5), x @ (s * w), x @ -w, x @ (w / s)
 
-    return one(fn, d(8, 12), X, jnp.int32(-3))
+    return one(fn, d(8, 13), X, jnp.int32(-3))
 
 
 @case(W)
