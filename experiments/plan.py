@@ -182,7 +182,7 @@ def compiled(c: Any, whole: LlamaConfig, sizes: dict[str, int]) -> Any:
     if place.mesh is not None:
         at = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
         state = jax.tree.map(at, state, to)
-        frozen = frozen._replace(base=jax.tree.map(at, frozen.base, place.base(frozen.base)))
+        frozen = frozen._replace(base=place.gathering(jax.tree.map(at, frozen.base, place.base(frozen.base))))
     ids = jax.ShapeDtypeStruct((c.batch, c.max_length), jnp.int32, sharding=rows)
     with jax.numpy_dtype_promotion("standard"):
         done = step.lower(state, frozen, {"ids": ids}).compile()

@@ -280,9 +280,8 @@ def quantized(config: ConfigDict, adapt: Adapt, model: Any) -> tuple[Any, dict[s
                           "set quant.format='' or take another method")
     variables, made = quant_plan(config, adapt).start(adapt, model.variables)
     if getattr(getattr(model, "place", None), "mesh", None) is not None:
-        where = model.place.base(by_path(variables)[0])
-        variables = jax.tree.unflatten(adapt.sites.tree, [jax.device_put(w, where[path])
-                                                          for path, w in by_path(variables)[0].items()])
+        laid = model.place.put(by_path(variables)[0])
+        variables = jax.tree.unflatten(adapt.sites.tree, list(laid.values()))
     pretrained = {path: w for path, w in by_path(variables)[0].items() if path not in model.fresh}
     return model._replace(variables=variables, fingerprint=fingerprint(pretrained)), made
 

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import lorajax as lj
+from lorajax import quant
 from lorajax.core.sites import by_path
 from lorajax.models import Llama, LlamaConfig
 from lorajax.shard.mesh import make_mesh
@@ -31,16 +33,19 @@ Collective = tuple[str, tuple[int, ...]]
 
 
 @functools.cache
-def program(layers: int = 1, scan: bool = False, **sizes: int) -> list[Collective]:
-    """The collectives of a training step; those in the loop over scanned layers once."""
+def program(layers: int = 1, scan: bool = False, form: Any = None, **sizes: int) -> list[Collective]:
+    """The collectives of a training step; those in the loop over scanned layers once. form: of the base's weights."""
     place = Placement(make_mesh(sizes), (), FAMILIES["llama"])
     net = Llama(LlamaConfig(vocab_size=V, hidden_size=D, num_layers=layers, num_heads=8, num_kv_heads=8,
                             head_dim=D // 8, intermediate_size=F, rows=place.rows(), scan_layers=scan))  # fmt: skip
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), ids)
-    adapt = lj.adapt(lj.sites(net.apply, shapes, ids), [("all-linear", lj.LoRA(rank=R))])
+    sites = lj.sites(net.apply, shapes, ids)
+    adapt = lj.adapt(sites, [("all-linear", lj.LoRA(rank=R))])
+    if form is not None:
+        adapt = adapt.on(jax.eval_shape(quant.plan(sites, [("all-linear", form)]).quantize, shapes))
     at = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    base, tx = place.base(by_path(shapes)[0]), optax.adam(1e-3)
+    tx = optax.adam(1e-3)
 
     def loss(bound: Any, batch: Any, key: jax.Array) -> Any:
         logits = lj.lift(net.apply)(bound, batch["ids"])
@@ -49,14 +54,16 @@ def program(layers: int = 1, scan: bool = False, **sizes: int) -> list[Collectiv
     state = jax.eval_shape(lambda k, t: init_state(k, t, tx), jax.random.key(0), adapt.shapes[0])
     where = place.state(adapt, state)
     step: Any = make_step(loss, adapt, tx, shardings=(where, place.whole))
-    frozen = lj.Frozen({path: at(x, base[path]) for path, x in adapt.shapes[1].base.items()}, {}, {})
+    base = adapt.shapes[1].base
+    frozen = lj.Frozen(place.gathering(jax.tree.map(at, base, place.base(base))), {}, {})
     batch = {"ids": jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=place.rows())}
     text = step.lower(jax.tree.map(at, state, where), frozen, batch).compile().as_text()
     found = []
     for line in text.splitlines():
         if match := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
-            arrays = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
-            found.append((match.group(2), tuple(math.prod(map(int, filter(None, a.split(",")))) for a in arrays)))
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match.group(1))
+            kind = match.group(2) + (" of codes" if "u8" in {dtype for dtype, _ in arrays} else "")
+            found.append((kind, tuple(math.prod(map(int, filter(None, a.split(",")))) for _, a in arrays)))
     return found
 
 
@@ -96,6 +103,19 @@ def test_fsdp_gathers_a_scanned_layer_at_a_time() -> None:
     found = arrays(program(3, True, fsdp=8), "all-gather")
     assert found[D * D] == 2 * 4 and found[D * F] == 2 * 3 and found[D * V] >= 1, found
     assert max(n for n in found if n != D * V) == D * F, found
+
+
+@pytest.mark.parametrize(("scan", "sizes"), [(True, {"fsdp": 8}), (False, {"fsdp": 2, "tensor": 4})],
+                         ids=["scan", "tensor"])
+def test_fsdp_gathers_codes_and_no_unpacked_weight(scan: bool, sizes: dict[str, int]) -> None:
+    """Two codes in a byte; a float32 scale for 8 of them. What `tensor` cuts stays cut."""
+    found = program(2 if scan else 1, scan, quant.NF4(block=8, double=False), **sizes)
+    ways = sizes.get("tensor", 1)
+    times = 2 if scan else 1  # forward, and again backward in the loop
+    small, large = D * D // ways, D * F // ways
+    assert arrays(found, "all-gather of codes") == {small // 2: 4 * times, large // 2: 3 * times}
+    others = arrays(found, "all-gather")
+    assert not {small, large} & others.keys() and {small // 8, large // 8} <= others.keys(), others
 
 
 def test_tensor_parallel_adds_r_numbers_a_token_to_the_bases_own_reductions() -> None:

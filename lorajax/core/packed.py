@@ -53,6 +53,15 @@ class Packed(abc.ABC):
         `placed`. ValueError where they would cut a block in two."""
         raise ValueError(f"{type(self).__name__} of shape {self.shape} cannot be sharded along {tuple(entries)}")
 
+    def gathering(self, mesh: Any, entries: Sequence[Any]) -> Packed:
+        """The same weight, which lies on `mesh` and which `gathered` brings to mesh axes `entries`, one per dimension;
+        itself where it cannot be."""
+        return self
+
+    def gathered(self) -> Packed:
+        """The weight as a product reads it: its stored arrays where `gathering` said, not yet unpacked."""
+        return self
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -99,6 +108,9 @@ class View(Packed):
             w = compat.bind(operation, [w, *operands])[result]
         return w
 
+    def gathered(self) -> Packed:
+        return View(self.of.gathered(), self.steps, self.operands)
+
     def _like(self) -> Any:
         return jax.eval_shape(View.dense, self)
 
@@ -132,7 +144,7 @@ def product(fn: Callable[..., jax.Array], w: Any, x: jax.Array, *sizes: jax.Arra
 
     What ties an unpacking to x, or to the cotangent, is a zero that goes through a barrier with it, and by which the
     codes are changed. They go through none themselves, for what does has to be in memory of its own: a layer's codes
-    are read where they lie in the stack."""
+    are read where they lie in the stack. Between the two they are gathered, or a mesh would move unpacked weights."""
     if not isinstance(w, Packed):
         return fn(w, x, *sizes)
     zero = np.uint8(0)
@@ -142,12 +154,12 @@ def product(fn: Callable[..., jax.Array], w: Any, x: jax.Array, *sizes: jax.Arra
         if {compat.varying(x)} == set(map(compat.varying, jax.tree.leaves(w))):  # a barrier takes no others
             after, _ = jax.lax.optimization_barrier((compat.vary(zero, x), x))
             w = _changed(w, after)
-        return fn(w.dense(), x, *sizes)
+        return fn(w.gathered().dense(), x, *sizes)
 
     @now.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         w, _, *sizes = primals
-        again = jax.checkpoint(lambda zero, w, dx, *sizes: fn(_changed(w, zero).dense(), dx, *sizes),
+        again = jax.checkpoint(lambda zero, w, dx, *sizes: fn(_changed(w, zero).gathered().dense(), dx, *sizes),
                                prevent_cse=(True, False, True, *[True] * len(sizes)))  # what its barrier holds
         return now(*primals), again(zero, w, tangents[1], *sizes)
 

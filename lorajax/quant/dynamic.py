@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorajax.core import compat
+
 TINY = float(np.finfo(np.float32).tiny)
 """What a block's largest magnitude counts at least, so that a block of zeros gets a scale."""
 
@@ -49,7 +51,8 @@ def normalised(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def look_up(codes: jax.Array, values: np.ndarray) -> jax.Array:
     """values[codes], float32."""
-    return jnp.asarray(values, jnp.float32).at[codes].get(mode="promise_in_bounds")
+    where = None if compat.explicit_mesh(codes) is None else jax.typeof(codes).sharding
+    return jnp.asarray(values, jnp.float32).at[codes].get(mode="promise_in_bounds", out_sharding=where)
 
 
 def encode(x: jax.Array, block: int, signed: bool = True) -> tuple[jax.Array, jax.Array]:

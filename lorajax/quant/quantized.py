@@ -26,6 +26,7 @@ class Quantized(Packed):
       along which blocks run. With (1, 0), the default for a matrix (in, out), blocks run along the inputs of one output
       unit, in the order that torch's (out, in) weight has in bitsandbytes.
     inner: sizes of the dimensions along which blocks run, but the first of them. dtype: of the array it stands for.
+    together: (mesh, mesh axes of the codes' last dimensions) of `gathered`; None: where they lie.
 
     All that is static holds for a slice of a stack or a stack of these too: shapes are those of the stored arrays.
     """
@@ -36,6 +37,7 @@ class Quantized(Packed):
     order: tuple[int, ...] = field(metadata={"static": True})
     inner: tuple[int, ...] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
+    together: tuple[Any, tuple[Any, ...]] | None = field(default=None, metadata={"static": True})
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -99,8 +101,23 @@ class Quantized(Packed):
 
     def placed(self, entries: Sequence[Any], sizes: Any) -> tuple[Packed, Any]:
         """See `Packed.placed`."""
-        plain, spec = self.single(), PartitionSpec(*self._along(entries, sizes))
+        plain, spec = replace(self.single(), together=None), PartitionSpec(*self._along(entries, sizes))
         return plain, jax.tree.map(lambda _: spec, plain)
+
+    def gathering(self, mesh: Any, entries: Sequence[Any]) -> Quantized:
+        """See `Packed.gathering`."""
+        along = self._along([*entries, *[None] * (self.ndim - len(entries))], mesh.shape)
+        return replace(self, together=(mesh, tuple(along)))
+
+    def gathered(self) -> Quantized:
+        """See `Packed.gathered`. Second scales and means are whole everywhere."""
+        if self.together is None:
+            return self
+        mesh, entries = self.together[0], self.together[1][-self.codes.ndim:]  # a scan takes leading ones
+        rest = [PartitionSpec.UNCONSTRAINED] * (self.codes.ndim - len(entries))
+        at = NamedSharding(mesh, PartitionSpec(*rest, *entries))
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, at) if x.ndim == self.codes.ndim else x,
+                            replace(self, together=None))
 
     def _along(self, entries: Sequence[Any], sizes: Any) -> list[Any]:
         """The mesh axes of the codes' dimensions. ValueError where they would cut a block."""
@@ -128,11 +145,16 @@ class Quantized(Packed):
                 x = change(x, axis, d)
             return x
 
-        order = me.dims
+        order, together = me.dims, me.together
         if gone:
             rest = [d for d in order if d not in at]
             order = tuple(sorted(rest).index(d) for d in rest)
-        return replace(me, codes=one(me.codes), scales=tuple(map(one, me.scales)), order=order)
+        if together is not None:
+            start = me.codes.ndim - len(together[1])
+            left = [PartitionSpec.UNCONSTRAINED if i + start in where.values() else entry
+                    for i, entry in enumerate(together[1]) if not gone or i + start not in where.values()]
+            together = (together[0], tuple(left))
+        return replace(me, codes=one(me.codes), scales=tuple(map(one, me.scales)), order=order, together=together)
 
 
 def _transpose(w: Quantized, p: Any) -> Quantized:
@@ -181,7 +203,9 @@ def _gather(w: Quantized, p: Any, indices: jax.Array) -> Quantized | None:
 
     rest = [d for d in me.dims if d != first]
     order = (*range(batch), *[sorted(rest).index(d) + batch for d in rest])
-    return replace(me, codes=one(me.codes, 0), scales=tuple(one(x, p["fill_value"]) for x in me.scales), order=order)
+    together = me.together and (me.together[0], me.together[1][-(me.codes.ndim - 1):])
+    return replace(me, codes=one(me.codes, 0), scales=tuple(one(x, p["fill_value"]) for x in me.scales), order=order,
+                   together=together)
 
 
 @jax.jit

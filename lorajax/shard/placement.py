@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorajax.core.adapt import Adapt, Frozen
+from lorajax.core.packed import is_packed
 from lorajax.shard.follow import REPLICATED, adapter_specs, laid, state_specs
 from lorajax.shard.mesh import BATCH, MeshError
 from lorajax.shard.rules import REST, Rule, described, present, specs
@@ -36,6 +37,19 @@ class Placement:
         tree of them. leaves: path -> shape. Only with a mesh."""
         found = self.specs(leaves)
         return self._named({path: laid(path, w, found[path], self.sizes) for path, w in leaves.items()})
+
+    def put(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """The base's weights where they belong. A quantised one is gathered along `fsdp` as codes, not unpacked."""
+        if self.mesh is None:
+            return dict(leaves)
+        where = self.base(leaves)
+        return self.gathering({path: jax.device_put(w, where[path]) for path, w in leaves.items()})
+
+    def gathering(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """`leaves`, arrays or shapes, of which the quantised ones know that `put` laid them out."""
+        found, stay = self.specs(leaves), {**self.sizes, "fsdp": 1}
+        return {path: w.gathering(self.mesh, [present(entry, stay) for entry in found[path]])
+                if is_packed(w) and self.mesh is not None else w for path, w in leaves.items()}
 
     def specs(self, leaves: Mapping[str, Any]) -> dict[str, PartitionSpec]:
         """path -> PartitionSpec of the base's weights."""
