@@ -17,7 +17,6 @@ import pytest
 
 import lorajax as lj
 from lorajax import quant
-from lorajax.core.sites import by_path
 from lorajax.models import Llama, LlamaConfig
 from lorajax.shard.mesh import make_mesh
 from lorajax.shard.placement import Placement

@@ -1,5 +1,6 @@
 """A model on a quantised base: what lives between the passes, what is sliced, sharded and saved."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -185,6 +186,39 @@ def test_sharded_as_any_weight_and_never_inside_a_block() -> None:
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="cut inside a block of 32: shard another dimension"):
         w.shardings(mesh, PartitionSpec(None, ("data", "model")))
+
+
+@pytest.mark.parametrize("form", [NF4(block=32), quant.Int8(block=32)], ids=repr)
+def test_on_a_mesh_with_explicit_axes(form: Any) -> None:
+    """Both ways to cut a weight; and a table, whose lookup JAX writes for automatic axes."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    draw = np.random.default_rng(0)
+    p = {name: jnp.float32(draw.normal(size=(128, 128)) / 11) for name in ("table", "up", "down")}
+    specs = {"table": PartitionSpec(), "up": PartitionSpec(None, "model"), "down": PartitionSpec("model")}
+    rows = PartitionSpec("data", None)
+
+    def model(p: Any, ids: jax.Array, at: Any = None) -> jax.Array:
+        x = jnp.tanh(p["table"].at[ids].get(out_sharding=at) @ p["up"])
+        return jnp.tanh(jnp.einsum("ti,io->to", x, p["down"], out_sharding=at))
+
+    ids = jnp.arange(8)
+    sites = lj.sites(model, p, ids)
+    adapt = lj.adapt(sites, [(".*", DoRA(lj.LoRA(rank=2)))])
+    trainable, frozen = adapt.init(jax.random.key(0), quant.plan(sites, [(".*", form)]).quantize(p))
+    trainable = jax.tree.map(lambda x: x + jnp.float32(0.1 * draw.normal(size=x.shape)), trainable)
+
+    def run(trainable: Any, frozen: Any, ids: Any, at: Any = None) -> Any:
+        fn = lj.lift(functools.partial(model, at=at), strict=True)
+        return jax.jit(jax.value_and_grad(lambda tr: jnp.sum(jnp.sin(fn(adapt.bind(tr, frozen), ids)))))(trainable)
+
+    want = run(trainable, frozen, ids)
+    with jax.set_mesh(mesh):
+        base = {path: jax.device_put(w, w.shardings(mesh, specs[path])) for path, w in frozen.base.items()}
+        rest, ids = frozen._replace(base={}), jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
+        trainable, rest = jax.device_put((trainable, rest), NamedSharding(mesh, PartitionSpec()))
+        got = run(trainable, rest._replace(base=base), ids, rows)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoints_and_fingerprint(tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ Everything else in lorajax uses documented JAX functions. Used here: `jax.extend
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -113,6 +113,11 @@ def explicit_mesh(*arrays: Any) -> jax.sharding.AbstractMesh | None:
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+def within(mesh: Any) -> Any:
+    """A context in which `mesh` is that of the program; none where it is None."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)
 
 
 def varying(array: Any) -> frozenset[str]:

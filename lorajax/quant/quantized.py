@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lorajax.core import compat
 from lorajax.core.packed import Packed
 from lorajax.quant.formats import Format
 
@@ -71,7 +72,8 @@ class Quantized(Packed):
 
     def dense(self) -> jax.Array:
         """The array: decoded in float32, cast to `dtype`."""
-        return _dense(self)
+        with compat.within(compat.explicit_mesh(self.codes)):  # a lookup with an `out_sharding` runs on another
+            return _dense(self)
 
     def single(self) -> Quantized:
         """The same values without double quantisation, so that every array has the dimensions of the rows too."""
