@@ -2,14 +2,14 @@
 
     python -m experiments.bench.packing                                                # both rows, on a GPU
     python -m experiments.bench.packing --rows minilm --runs 32 64 --steps-per-call 10 --json packing.json
-    python -m experiments.bench.packing --rows bert --how '' cudnn cudnn+apart --packed-only
+    python -m experiments.bench.packing --rows bert --how '' cudnn --packed-only
     python -m experiments.bench.packing --rows tiny_bert --runs 3 --blocks 2           # toy shapes, any machine
 
 Shapes, weights and batch are those of `experiments.bench.speed`, which times PEFT on them: LoRA of rank 8 on query and
 value of MiniLM (16 x 64 tokens, 64 runs) and of BERT-base (32 x 128, 32 runs), AdamW, bfloat16 compute. Every run has
 arrays of its own for adapter, optimizer, batch and learning rate; alone and packed are the library's own steps
 (lorajax.train.step, lorajax.train.pack), and the row says what the losses of the first call differ by. Each is compiled
-once, which is told and not counted. A row for each `--how`: XLA's attention, cuDNN's, another setting of the compiler.
+once, which is told and not counted. A row for each `--how`: XLA's attention, cuDNN's, the compiler set otherwise.
 
 Measured (one H200, JAX 0.11.2, 2026-11-22), ms of a run's step, packed and alone: MiniLM, 64 runs, 0.289 and 1.174
 (4.07 times; goals at most 0.22, and 4); BERT-base, 32 runs, 5.11 and 7.11 (1.39 times; goal at most 3.6). PEFT with
