@@ -274,10 +274,9 @@ def evaluate(predict: Any, trainable: Any, frozen: Any, found: build.Data, batch
     for split in found.splits:
         if split == "train":
             continue
-        passed = list(batches[split].epoch())
-        predicted = [predict(trainable, frozen, place.batch(batch), masks) for batch in passed]
-        outputs = np.concatenate(jax.device_get(predicted))
-        label, weight = (np.concatenate([batch[name] for batch in passed]) for name in ("label", "weight"))
+        passed = [(predict(trainable, frozen, place.batch(batch), masks), batch["label"], batch["weight"])
+                  for batch in batches[split].epoch()]  # the device predicts while the next batch is made
+        outputs, label, weight = (np.concatenate(x) for x in zip(*jax.device_get(passed), strict=True))
         prefix = "" if split == found.task.evaluation[0] else f"{split}_"
         scores |= {prefix + k: v for k, v in data.evaluate(found.task, outputs, label, weight).items()}
     return scores

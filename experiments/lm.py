@@ -25,12 +25,12 @@ from experiments.glue import EXPLAINED, FREE, save
 from experiments.objective import likelihood, make_dpo, make_sft, preference, ranked, tokens
 from experiments.writing import make_writer, table, written
 from lorajax import build, config, control, data, language, start
-from lorajax.data.feed import ahead, calls
+from lorajax.data.feed import ahead, calls, widths
 from lorajax.models import adapter_names
 from lorajax.shard import hosts
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import Checkpoints
-from lorajax.train.compiled import PRESETS, compile_cache, compiler_flags
+from lorajax.train.compiled import PRESETS, Ahead, Ready, compile_cache, compiler_flags
 from lorajax.train.dpo import WithReference
 from lorajax.train.progress import Progress
 from lorajax.train.remat import fitted
@@ -139,6 +139,7 @@ def main(argv: list[str]) -> None:
         Run(folder, config.to_dict(c), fingerprints=prints, ignore=FREE, fresh=not launch.options["resume"]) as run,
         Checkpoints(run.checkpoints) as saved,
         stop_on_signal() as stop,
+        Ahead() as compiling,
     ):
         print(f"{folder}: {len(steps)} steps an epoch, {total} in all, {c.batch} rows each; {describe(learned, steps)}",
               flush=True)
@@ -171,7 +172,10 @@ def main(argv: list[str]) -> None:
         watch = Watch(n, place.whole)
         fit = lambda: (state, frozen, place.batch(made(steps.longest), lead, rows), watch.good)  # noqa: E731
         loss = learn(fitted(c.remat, c.memory, model, lambda model: stepper(learn(model)), fit))
-        step_fn = stepper(loss)
+        step_fn = Ready(stepper(loss))
+        if place.mesh is None:
+            for first in widths(steps, range(step, min(step + 2 * epoch, total), n), n).values():
+                compiling(step_fn, state, frozen, place.batch(made(first), lead, rows), watch.good)
 
         def sound(state: Any) -> None:
             # Steps are looked at when something is read anyway, so that the device need not wait for the host.
@@ -259,7 +263,8 @@ def main(argv: list[str]) -> None:
 def batched(c: Any, rows: Any, train: bool = False) -> data.Batches:
     # Packed rows are all of about one length.
     size, shapes = (c.batch, 1 if c.packing else c.shapes) if train else (c.eval_batch, c.shapes)
-    return data.Batches(rows, size, seed=c.seed, shuffle=train, shapes=shapes)
+    return data.Batches(rows, size, seed=c.seed, shuffle=train, shapes=shapes,
+                        together=c.steps_per_call if train else 1)
 
 
 def describe(learned: dict[str, data.Supervised], steps: data.Batches) -> str:

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_glue import files, folder, own_cache, rows, words  # noqa: F401
+from test_vision_runs import folder_of_images, vit_folder
 
 import lorajax as lj
-from experiments import glue, members
+from experiments import glue, lm, members, vision
 from lorajax import config
 from lorajax.core.liveness import fullest
 from lorajax.core.summary import activations
 from lorajax.models import GPT2, Bert, BertConfig, GPT2Config, Llama, LlamaConfig, ResNet, ResNetConfig, ViT, ViTConfig
 from lorajax.models.fused_attention import fused_attention
 from lorajax.models.settings import keeps_products
+from lorajax.train import remat as dial
 from lorajax.train.remat import POLICIES, TooLarge, fitting
 
 IDS = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
@@ -168,6 +170,34 @@ def test_a_run_decides_and_has_the_same_losses(files, tmp_path, capsys):  # noqa
     assert len(ours) == 8
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert json.loads((folder(tmp_path / "auto") / "summary.json").read_text())["memory"] > 0
+
+
+@pytest.mark.parametrize("experiment", ["glue", "lm", "vision"])
+def test_a_device_with_less_memory_gets_another_policy(experiment, files, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The device is said to have room for 600 bytes; steps are said to need 1000, or 600 where their trace has more
+    checkpoints than the first: what is compiled is the model with the policy, and the one that fits is taken."""
+    tried = []
+
+    def needs(jitted, *args):
+        tried.append(str(jitted.trace(*args).jaxpr).count("policy="))  # GELU has some of its own
+        return 600 if tried[-1] > tried[0] else 1000
+
+    monkeypatch.setattr(dial, "step_bytes", needs)
+    monkeypatch.setattr(dial, "memory", lambda: 600 / dial.ROOM)
+    if experiment == "glue":
+        glue.main(words(files, tmp_path, "lora", ",rank=2,targets=qv", "--config.probe=false", "--config.epochs=1",
+                        "--config.shapes=1", "--config.remat=auto"))  # fmt: skip
+    elif experiment == "lm":
+        lm.main(["--config=configs/e2e.py:smoke", f"--workdir={tmp_path}", "--config.remat=auto",
+                 "--config.generate=-1", "--config.unrelated.text=none", "--config.examples=8"])  # fmt: skip
+    else:
+        vision.main([f"--config=configs/vit.py:model={vit_folder(tmp_path / 'vit')},rank=2", f"--workdir={tmp_path}",
+                     f"--config.data={folder_of_images(tmp_path / 'data')}", "--config.size=8", "--config.batch=10",
+                     "--config.epochs=1", "--config.pad=1", "--config.probe=false", "--config.remat=auto"])  # fmt: skip
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("remat="))
+    assert line == "remat=attention: of 0.00 MiB the step needs 0.00 MiB (none), 0.00 MiB (attention)"
+    assert len(tried) == 2 and len(list(tmp_path.rglob("summary.json"))) == 1
 
 
 @pytest.mark.parametrize(("more", "says"), [

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorajax.shard import hosts
 from lorajax.train.footprint import device_bytes, step_bytes
 
 POLICIES = ("none", "attention", "full")
@@ -62,8 +63,9 @@ def fitted(asked: str, gigabytes: float, model: Any, make: Callable[[Any], Any],
 
 
 def memory() -> int:
-    """Bytes of the first device, or of the host where that does not say."""
-    return device_bytes() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes, in whole MiB, of process 0's first device, or of its host where that does not say: processes that chose by
+    their own could run different programs."""
+    return hosts.agreed((device_bytes() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) >> 20) << 20
 
 
 def gib(n: float) -> str:
