@@ -211,6 +211,10 @@ def test_figures_show_the_numbers_of_the_table(tmp_path: Path) -> None:
     figure.canvas.draw()
     title = figure.get_suptitle() and figure._suptitle.get_window_extent()
     assert title.x0 > 0 and title.x1 < figure.bbox.width
+    ax = figures.against_parameters(cells(r for r in study() if r.task == "rte")).axes[0]
+    drawn = {line.get_label(): float(line.get_xdata()[0]) for line in ax.get_lines() if "lora" in line.get_label()}
+    assert len(set(drawn.values())) == 7  # equal parameters hide nobody
+    np.testing.assert_allclose(sorted(drawn.values()), [100, 100, 200, 200, 400, 400, 400], rtol=0.03)
     lost = figures.rates([r for r in study() if r.method == "lora" and r.task == "rte"]).axes[0].get_images()[0]
     np.testing.assert_allclose(lost.get_array(), [[-5, 0, -5]], atol=1e-9)
     places = [text.get_text() for text in figures.comparison(cells(study()), "lora").axes[0].get_yticklabels()]

@@ -191,19 +191,23 @@ def _of_views(runs: Sequence[Result], name: str) -> dict[int, Cell]:
 
 
 def against_parameters(table: Sequence[Cell]) -> Any:
-    """What a method costs and gives: mean and 95 % interval against the parameters that it trains."""
+    """What a method costs and gives: mean and 95 % interval against the parameters that it trains; methods of equal
+    parameters stand side by side around them."""
     tasks = list(dict.fromkeys(cell.task for cell in table))
     methods = list(dict.fromkeys(cell.method for cell in table))
     color = dict(zip(methods, LINES * (1 + len(methods) // len(LINES)), strict=False))
     form = {name: "osD^v"[i // len(LINES) % 5] for i, name in enumerate(methods)}
     figure, axes = canvas(2.6 + _room(methods) + 3.3 * len(tasks), 3.3, 1, len(tasks))
     for ax, task in zip(axes[0], tasks, strict=True):
-        for cell in table:
-            if cell.task == task:
-                if not math.isnan(cell.low):
-                    ax.plot([cell.parameters] * 2, [100 * cell.low, 100 * cell.high], color=color[cell.method])
-                ax.plot(cell.parameters, 100 * cell.mean, form[cell.method], color=color[cell.method],
-                        label=cell.method)
+        mine = [cell for cell in table if cell.task == task]
+        span = max(cell.parameters for cell in mine) / min(cell.parameters for cell in mine)
+        apart = min(0.025, 0.03 * math.log(span))
+        for cell in mine:
+            alike = [one.method for one in mine if one.parameters == cell.parameters]
+            x = cell.parameters * math.exp(apart * (alike.index(cell.method) - (len(alike) - 1) / 2))
+            if not math.isnan(cell.low):
+                ax.plot([x, x], [100 * cell.low, 100 * cell.high], color=color[cell.method])
+            ax.plot(x, 100 * cell.mean, form[cell.method], color=color[cell.method], label=cell.method)
         ax.set_xscale("log")
         ax.set_xlabel("trained parameters", fontsize=9)
         ax.set_title(task, fontsize=10)
