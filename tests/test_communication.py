@@ -77,12 +77,13 @@ def scalars(found: list[Collective]) -> int:
 
 
 COLUMN, ROW = 5, 2  # query, key, value, gate, up; output, down
+JOINED = [3, 2, 1]  # A's along D, those that read one input together: query, key, value; gate, up; output
 
 
 def test_data_parallel_reduces_the_adapters_gradients_and_nothing_else() -> None:
     found = program(data=8)
     assert {kind for kind, _ in found} == {"all-reduce"}
-    widths = [D] * 11 + [F] * 3  # A and B of seven weights by the width of their longer side
+    widths = [D * n for n in JOINED] + [D] * 5 + [F] * 3  # A and B of seven weights by the width of their longer side
     assert arrays(found, "all-reduce") == dict(collections.Counter(R * n for n in widths))
     assert scalars(found) == 1  # the loss: the gradients' norm and whether all is finite are every device's own
 
@@ -90,7 +91,7 @@ def test_data_parallel_reduces_the_adapters_gradients_and_nothing_else() -> None
 def test_fsdp_gathers_each_base_weight_once_and_no_state() -> None:
     found = program(fsdp=8)
     weights = [D * D] * 4 + [D * F] * 3 + [D * V]  # the table is not gathered: its rows are looked up where they are
-    factors = [D * R] * 6 + [F * R]  # A lies along in
+    factors = [D * n * R for n in JOINED] + [F * R]  # A lies along in
     assert arrays(found, "all-gather") == dict(collections.Counter([*weights, *factors, B * T]))  # and the ids
     assert arrays(found, "all-reduce") == arrays(program(data=8), "all-reduce")
     assert max(n for kind, sizes in found if kind == "all-to-all" for n in sizes) <= B * T * D // 8
