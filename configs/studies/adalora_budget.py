@@ -5,7 +5,7 @@ r"""AdaLoRA against LoRA at the same final budget, and where AdaLoRA keeps its r
     python -m experiments.sweep --config configs/studies/adalora_budget.py:smoke
 
 The budget is the average rank of a matrix at the end; AdaLoRA begins with 1.5 times as much (arXiv 2303.10512). The
-figure is `ranks.png`. watch: one run for each budget, which logs the ranks of every matrix 40 times on its way; the
+figure is `ranks.png`. watch: one run for each budget, which logs the ranks of every matrix 24 times on its way; the
 figures are the heat maps `budget-*.png`. Measured: not yet.
 """
 
