@@ -87,7 +87,10 @@ def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path |
         return place(path, drawn(name, like.shape[::-1] if flip else like.shape, flip, dtype))
 
     params = jax.tree.unflatten(sites.tree, [tensor(path, like) for path, like in sites.leaves.items()])
-    trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
+    if work.decoder and work.method in ("lora", "nf4"):  # drawn below: compiling 224 starts takes as long as the step
+        trainable, frozen = dict(adapt.shapes[0]), adapt.frozen(params, {})
+    else:
+        trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
     del params
     for path, adapter in trainable.items():
         module = names[path].names[0].removesuffix(".weight")
