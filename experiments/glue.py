@@ -305,7 +305,9 @@ def probe(model: build.Model, found: build.Data, batches: Any) -> dict[str, floa
                     out_shardings=model.place.whole)
 
     def features(split: str, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        whole = data.Batches(batches[split].tokens, batch_size, shuffle=False, lengths=batches[split].lengths)
+        few = len(batches[split].lengths) <= build.EVALUATION
+        whole = data.Batches(batches[split].tokens, batch_size, shuffle=False, shapes=build.EVALUATION,
+                             lengths=batches[split].lengths if few else None)
         passed = list(whole.epoch())
         x = np.concatenate(jax.device_get([embed(model.variables, model.place.batch(batch)) for batch in passed]))
         real = np.concatenate([batch["weight"] for batch in passed]) > 0

@@ -107,17 +107,26 @@ def tokens(config: ConfigDict, found: Data, folder: Path) -> dict[str, data.Toke
     return {name: data.tokenize(split, tokenizer, config.max_length) for name, split in found.splits.items()}
 
 
+EVALUATION = 4
+"""Padded lengths of a split that is only evaluated, at most, where training has lengths of its own."""
+
+
 def batches(config: ConfigDict, tokens: dict[str, data.Tokens]) -> dict[str, data.Batches]:
-    """Batches of every split, padded to the same lengths, `config.shapes` of them at most (0: all to
-    `config.max_length`), as few as keep the padding of 'train' under `config.padding`; 'train' is shuffled by the seed.
+    """Batches of every split, 'train' shuffled by the seed. Without `config.padding` all are padded to the same
+    lengths, `config.shapes` of them at most (0: all to `config.max_length`). With it 'train' has as few as keep its
+    padding below, batches that share a call counted as they are padded, and each other split `EVALUATION` of its own.
     """
-    every = np.concatenate([t.lengths for t in tokens.values()])
     if not 0 <= config.padding < 1:
         raise ConfigError(f"padding={config.padding:g} is a share of token slots, 0 to 1: 0.05 for at most 5 %")
-    few = (every, config.shapes, config.batch, config.padding, tokens["train"].lengths)
-    lengths = data.fewest_lengths(*few) if config.shapes else (config.max_length,)
+    every = np.concatenate([t.lengths for t in tokens.values()])
+    lengths = data.bucket_lengths(every, config.shapes, config.batch) if config.shapes else (config.max_length,)
+    rest: dict[str, Any] = {"lengths": lengths}
+    if config.padding and config.shapes:
+        lengths = data.fewest_lengths(tokens["train"].lengths, config.shapes, config.batch * config.steps_per_call,
+                                      config.padding)
+        rest = {"shapes": min(config.shapes, EVALUATION)}
     evaluation = {
-        name: data.Batches(t, config.eval_batch, shuffle=False, lengths=lengths)
+        name: data.Batches(t, config.eval_batch, shuffle=False, **rest)
         for name, t in tokens.items()
         if name != "train"
     }

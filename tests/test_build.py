@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tiny import glue_folder, model_folder
 
 import lorajax as lj
-from lorajax import build, config, control
+from lorajax import build, config, control, data
 from lorajax.io import adapter
 from lorajax.variants import AdaLoRA, DoRA, bitfit, ia3, layernorm
 from lorajax.variants import full as full_page
@@ -38,7 +39,7 @@ def adapted(c):
 
 
 def test_data_and_batches(files):
-    c = parse(files, "lora", "", "--config.examples=20", "--config.shapes=2")
+    c = parse(files, "lora", "", "--config.examples=20", "--config.shapes=2", "--config.padding=0.0")
     found, _, batches, _ = adapted(c)
     assert {name: len(split.labels) for name, split in found.splits.items()} == {"train": 20, "validation": 20}
     assert len(batches["train"]) == 3
@@ -364,3 +365,27 @@ def test_the_fair_recipe_goes_before_a_methods_own():
     assert config.load("configs/sora.py:recipe=fair").clip == 0.1
     with pytest.raises(config.ConfigError, match="unknown recipe 'fare': did you mean 'fair'"):
         config.load("configs/lora.py:recipe=fare")
+
+
+@pytest.mark.parametrize(("task", "calls"), [("sst2", 1), ("sst2", 8), ("reviews", 1), ("wnli", 1)])
+def test_padding_by_default(task, calls):
+    """GLUE's tasks: as few lengths as leave 5 % of the slots of training batches empty, or of calls where they share
+    them; the evaluation, which has a longer text, has four of its own. The short ones: four for all."""
+    rng = np.random.default_rng(0)
+
+    def split(count, longest):
+        lengths = np.append(rng.geometric(0.08, count - 1).clip(3, 50), longest)
+        ids = np.zeros(lengths.sum(), np.int32)
+        return data.Tokens(ids, ids, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(count, np.int32), 0, 0)
+
+    c = ConfigDict(config.load(f"configs/lora.py:task={task}").to_dict())
+    c.steps_per_call = calls
+    found = build.batches(c, {"train": split(20000, 50), "validation": split(1000, 60)})
+    train, validation = found["train"], found["validation"]
+    assert len(validation.lengths) == 4 and validation.lengths[-1] == 60
+    if task != "sst2":
+        assert train.lengths == validation.lengths and train.padding() > 0.1
+        return
+    assert train.lengths[-1] == 50 and train.padding() <= 0.05 and 6 < len(train.lengths) < 32
+    fewer = data.bucket_lengths(train.tokens.lengths, len(train.lengths) - 1, c.batch * calls)
+    assert calls > 1 or data.Batches(train.tokens, c.batch, lengths=fewer).padding() > 0.05

@@ -317,9 +317,6 @@ def test_fewest_lengths(padding):
     assert found == bucket_lengths(tokens.lengths, len(found), 16)
     assert fewest_lengths(tokens.lengths, 3, 16, 0.0) == bucket_lengths(tokens.lengths, 3, 16)
     assert fewest_lengths(tokens.lengths, 2, 16, 1e-6) == bucket_lengths(tokens.lengths, 2, 16)
-    part = tokens.lengths[:200]
-    alone = fewest_lengths(tokens.lengths, 24, 16, padding, part)
-    assert alone[-1] == tokens.lengths.max() and len(alone) <= 24
 
 
 @pytest.mark.parametrize("together", [1, 4])

@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                     f"configs/lora.py:task=sst2,model={model},targets=qv,rank=8", f"--config.data={o.data}",
                     f"--config.epochs={o.epochs}", f"--config.lr={o.lr}", "--config.dropout=0.0",
                     f"--config.examples={o.examples}", "--config.max_length=64", "--config.probe=false",
+                    "--config.shapes=4", "--config.padding=0.0",
                     f"--workdir={folder}/{name[:5]}", *words]
             seconds, _ = timed(ours, o.limit, JAX_COMPILATION_CACHE_DIR=f"{folder}/cache")
             left = json.loads(next(Path(folder, name[:5]).rglob("summary.json")).read_text())

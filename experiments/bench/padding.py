@@ -23,15 +23,18 @@ from lorajax.io import assets
 def measure(c: ConfigDict, at_most: float, steps_per_call: int) -> dict[str, Any]:
     found = build.load_data(c)
     tokens = build.tokens(c, found, assets.resolve(c.args.model).path)
+    usual = build.batches(c, tokens)["train"]
     c.shapes, c.padding, lengths = 32, at_most, tokens["train"].lengths
     train = build.batches(c, tokens)["train"]
     four = data.Batches(tokens["train"], c.batch, shapes=4, seed=c.seed)
-    calls = data.Batches(tokens["train"], c.batch, seed=c.seed, lengths=train.lengths, together=steps_per_call)
+    c.steps_per_call = steps_per_call
+    calls = build.batches(c, tokens)["train"]
     apart = 1 - lengths.sum() / (c.batch * loosely(calls, steps_per_call))
     return {"task": c.args.task, "examples": len(lengths), "batch": c.batch, "max length": c.max_length,
             "tokens a text": float(np.mean(lengths)), "one length %": 100 * (1 - lengths.mean() / lengths.max()),
             "4 lengths %": 100 * four.padding(), "lengths": len(train.lengths), "padding %": 100 * train.padding(),
-            f"in calls of {steps_per_call} %": 100 * calls.padding(),
+            "default lengths": len(usual.lengths), "default %": 100 * usual.padding(),
+            f"lengths in calls of {steps_per_call}": len(calls.lengths), "those %": 100 * calls.padding(),
             "in calls of any lengths %": 100 * apart}  # fmt: skip
 
 

@@ -48,9 +48,10 @@ class Trained(NamedTuple):
 
 
 def settings(method: str, *words: str) -> Any:
-    # The method's own config; what one side only could do is off.
+    # The method's own config; what one side only could do is off. Few lengths: nothing is compiled ahead here.
     off = [f"--config.{name}dropout=0.0" for name in ("", "head_", "variant.")]
-    flags = [*off, "--config.pooling=first", "--config.compute_dtype=float32"]
+    flags = [*off, "--config.pooling=first", "--config.compute_dtype=float32", "--config.shapes=4",
+             "--config.padding=0.0"]  # fmt: skip
     return config.parse([f"--config=configs/{method}.py:{words[0]}", *flags, *words[1:]]).config
 
 

@@ -259,20 +259,17 @@ def bucket_lengths(lengths: np.ndarray, shapes: int, batch_size: int) -> tuple[i
     return tuple(reversed(chosen))
 
 
-def fewest_lengths(
-    lengths: np.ndarray, shapes: int, batch_size: int, padding: float, train: np.ndarray | None = None
-) -> tuple[int, ...]:
+def fewest_lengths(lengths: np.ndarray, shapes: int, batch_size: int, padding: float) -> tuple[int, ...]:
     """The fewest padded lengths, at most ``shapes``, that leave at most the share ``padding`` of the token slots of an
     epoch without a token; ``shapes`` of them where that cannot be, or for a padding of 0.
 
-    lengths: tokens per example of all splits, which all fit; train: of the split whose padding counts, None for all.
+    lengths: (n,) tokens per example. batch_size: examples that are padded alike, those of all batches of a call.
     """
-    train = lengths if train is None else train
     chosen, low, high = bucket_lengths(lengths, shapes, batch_size), 1, shapes
     while padding and low < high:
         middle = (low + high) // 2
         fewer = bucket_lengths(lengths, middle, batch_size)
-        if 1 - train.sum() / (batch_size * _padded(train, fewer, batch_size)) <= padding:
+        if 1 - lengths.sum() / (batch_size * _padded(lengths, fewer, batch_size)) <= padding:
             chosen, high = fewer, middle
         else:
             low = middle + 1
