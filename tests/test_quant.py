@@ -223,6 +223,9 @@ def test_a_stack_is_its_matrices(form: Any) -> None:
         (np.zeros((7, 8), np.float32), NF4(), ["rows of 7", "no even block fits", "leave this weight out"]),
         (np.zeros((64, 8), np.float32), NF4(block=0 - 2), ["block=-2", "positive, even"]),
         (np.float32([[1, np.nan], [np.inf, 2]]), NF4(block=2), ["2 numbers that are not finite", "load"]),
+        (np.full((64, 8), 1e8, np.float32), Q8_0(), ["reaches 1e+08", "q8_0 has no scale", "another format"]),
+        (np.full((64, 8), 3e38, np.float32), NF4(), ["reaches 3e+38", "nf4 has no scale"]),
+        (np.zeros((64, 8), np.float32), "nf4", ["'nf4' is no format", "NF4()", "int8"]),
     ],
 )
 def test_bad_input(w: np.ndarray, form: Any, words: list[str]) -> None:
@@ -368,6 +371,24 @@ def test_a_start_from_the_quantisation_says_what_it_needs() -> None:
     adapt.init(jax.random.key(0), base, stats)
     with pytest.raises(ValueError, match="up .*hold it as it was before: pass the params that quant.plan"):
         adapt.init(jax.random.key(0), params(), stats)
+
+
+@pytest.mark.parametrize("start", ["loftq", "qpissa"])
+def test_randomised_singular_values_come_close_to_the_exact_ones(start: str) -> None:
+    """On what quantisation leaves, whose spectrum is nearly flat: the hard case for Halko et al., arXiv 0909.4061."""
+    w = normals(128, 192)
+    sites = lj.sites(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((2, 128)))
+    plan, errors = quant.plan(sites, [("w", NF4(double=False))]), {}
+    for power in (0, 1, 8):
+        make = lj.variants.INITIALIZERS[start](iterations=2, power=power)
+        adapt = lj.adapt(sites, [("w", lj.LoRA(rank=8, initializer=make))])
+        base, stats = plan.start(adapt, {"w": w})
+        trainable, frozen = adapt.init(jax.random.key(0), base, stats)
+        errors[power] = np.linalg.norm(w - adapt.merge(trainable, frozen)["w"])
+    gain = np.linalg.norm(w - plan.quantize({"w": w})["w"].dense()) - errors[0]
+    assert 0 < errors[8] - errors[0] < 0.1 * gain < errors[1] - errors[0]
+    with pytest.raises(ValueError, match="power=-1 is negative: 0 is the exact SVD"):
+        lj.LoRA(rank=2, initializer=lj.variants.INITIALIZERS[start](power=-1)).check(8, 8)
 
 
 @pytest.mark.parametrize("start", ["loftq", "qpissa"])

@@ -125,7 +125,7 @@ def test_values_and_gradients_are_those_of_the_dense_form(style: str) -> None:
     run = jax.jit(jax.value_and_grad(lambda tr, frozen: jnp.sum(jnp.sin(fn(adapt.bind(tr, frozen), x)))))
     got, want = run(trainable, frozen), run(trainable, widened(frozen))
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        # Gradients reach 61: both lie up to 1.3e-6 of an array's largest number beside those of float64 (as on JAX 0.12).
+        # Gradients reach 61: both lie up to 1.3e-6 of an array's largest number beside those of float64.
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=2e-6 * float(jnp.abs(two).max()))
 
 

