@@ -67,6 +67,12 @@ def test_a_mesh_changes_no_number() -> None:
 
     for one, two in zip(jax.tree.leaves(run(here, LOCAL)), jax.tree.leaves(run(there, place)), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    # Moved to another mesh, and back to one device.
+    for elsewhere, devices in ((Placement(make_mesh({"fsdp": 4}), rules), 4), (LOCAL, 1)):
+        moved = elsewhere.put(there)
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(moved)} == {devices}
+        for one, two in zip(jax.tree.leaves(run(here, LOCAL)), jax.tree.leaves(run(moved, elsewhere)), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
     whole_rows = world("--config.quant.format=int8")[0]
     with pytest.raises(MeshError, match="down: .*cut inside a block of 128: shard another dimension, or fewer ways"):
         build.quantized(whole_rows, adapt, model._replace(variables=dense, place=place))

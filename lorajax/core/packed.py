@@ -54,8 +54,8 @@ class Packed(abc.ABC):
         raise ValueError(f"{type(self).__name__} of shape {self.shape} cannot be sharded along {tuple(entries)}")
 
     def gathering(self, mesh: Any, entries: Sequence[Any]) -> Packed:
-        """The same weight, which lies on `mesh` and which `gathered` brings to mesh axes `entries`, one per dimension;
-        itself where it cannot be."""
+        """The same weight, which lies on `mesh` (None: on one device); `gathered` brings it to mesh axes `entries`, one
+        per dimension. Itself where that cannot be."""
         return self
 
     def gathered(self) -> Packed:

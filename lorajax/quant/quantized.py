@@ -108,6 +108,8 @@ class Quantized(Packed):
 
     def gathering(self, mesh: Any, entries: Sequence[Any]) -> Quantized:
         """See `Packed.gathering`."""
+        if mesh is None:
+            return replace(self, together=None)
         along = self._along([*entries, *[None] * (self.ndim - len(entries))], mesh.shape)
         return replace(self, together=(mesh, tuple(along)))
 

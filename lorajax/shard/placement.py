@@ -40,16 +40,17 @@ class Placement:
 
     def put(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The base's weights where they belong. A quantised one is gathered along `fsdp` as codes, not unpacked."""
-        if self.mesh is None:
-            return dict(leaves)
-        where = self.base(leaves)
-        return self.gathering({path: jax.device_put(w, where[path]) for path, w in leaves.items()})
+        where = None if self.mesh is None else self.base(leaves)
+        moved = {path: jax.device_put(w, jax.devices()[0] if where is None else where[path])
+                 for path, w in leaves.items()}
+        return self.gathering(moved)
 
     def gathering(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        """`leaves`, arrays or shapes, of which the quantised ones know that `put` laid them out."""
+        """`leaves`, arrays or shapes that lie here already; the quantised ones know it. One that is moved elsewhere by
+        other means than `put` has to be told again."""
         found, stay = self.specs(leaves), {**self.sizes, "fsdp": 1}
-        return {path: w.gathering(self.mesh, [present(entry, stay) for entry in found[path]])
-                if is_packed(w) and self.mesh is not None else w for path, w in leaves.items()}
+        return {path: w.gathering(self.mesh, [present(entry, stay) for entry in found[path]]) if is_packed(w) else w
+                for path, w in leaves.items()}
 
     def specs(self, leaves: Mapping[str, Any]) -> dict[str, PartitionSpec]:
         """path -> PartitionSpec of the base's weights."""
