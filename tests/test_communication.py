@@ -32,12 +32,12 @@ Collective = tuple[str, tuple[int, ...]]
 
 
 @functools.cache
-def program(layers: int = 1, scan: bool = False, form: Any = None, **sizes: int) -> list[Collective]:
+def program(layers: int = 1, scan: bool = False, form: Any = None, tokens: int = T, **sizes: int) -> list[Collective]:
     """The collectives of a training step; those in the loop over scanned layers once. form: of the base's weights."""
     place = Placement(make_mesh(sizes), (), FAMILIES["llama"])
     net = Llama(LlamaConfig(vocab_size=V, hidden_size=D, num_layers=layers, num_heads=8, num_kv_heads=8,
                             head_dim=D // 8, intermediate_size=F, rows=place.rows(), scan_layers=scan))  # fmt: skip
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    ids = jax.ShapeDtypeStruct((B, tokens), jnp.int32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), ids)
     sites = lj.sites(net.apply, shapes, ids)
     adapt = lj.adapt(sites, [("all-linear", lj.LoRA(rank=R))])
@@ -55,7 +55,7 @@ def program(layers: int = 1, scan: bool = False, form: Any = None, **sizes: int)
     step: Any = make_step(loss, adapt, tx, shardings=(where, place.whole))
     base = adapt.shapes[1].base
     frozen = lj.Frozen(place.gathering(jax.tree.map(at, base, place.base(base))), {}, {})
-    batch = {"ids": jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=place.rows())}
+    batch = {"ids": jax.ShapeDtypeStruct((B, tokens), jnp.int32, sharding=place.rows())}
     text = step.lower(jax.tree.map(at, state, where), frozen, batch).compile().as_text()
     found = []
     for line in text.splitlines():
@@ -91,11 +91,24 @@ def test_data_parallel_reduces_the_adapters_gradients_and_nothing_else() -> None
 def test_fsdp_gathers_each_base_weight_once_and_no_state() -> None:
     found = program(fsdp=8)
     weights = [D * D] * 4 + [D * F] * 3 + [D * V]  # the table is not gathered: its rows are looked up where they are
-    factors = [D * n * R for n in JOINED] + [F * R]  # A lies along in
+    factors = [D * n * R for n in JOINED[:2]] + [D * R] * ROW  # A of what reads the features, B of what makes them
     assert arrays(found, "all-gather") == dict(collections.Counter([*weights, *factors, B * T]))  # and the ids
     assert arrays(found, "all-reduce") == arrays(program(data=8), "all-reduce")
     assert max(n for kind, sizes in found if kind == "all-to-all" for n in sizes) <= B * T * D // 8
-    assert scalars(found) <= 1 + 2 * 2  # factors of one shape that are split alike have one norm: of D and of F rows
+    assert scalars(found) <= 1 + 2 * 2  # factors of one shape that are split alike have one norm: A, and B
+
+
+def test_fsdp_beside_tensor_parallel_gathers_each_devices_part_and_no_rows() -> None:
+    """The table's rows are exchanged for its width: no device sees all rows, nor the whole of a weight."""
+    long = 24  # else a weight's part has as many numbers as a device's activations
+    found = program(tokens=long, data=2, fsdp=2, tensor=2)
+    # The head's part forward and again backward; what is smaller are factors and the ids.
+    parts = {n: count for n, count in arrays(found, "all-gather").items() if n > B * long}
+    assert parts == {D * D // 2: 4, D * F // 2: 3, D * V // 2: 2}
+    assert max(arrays(found, "all-to-all")) <= B * long * D // 8
+    sums = arrays(found, "all-reduce")
+    assert sums.pop(B * long * D // 4) == 6  # tensor parallel's own and the lookup's
+    assert max(sums) <= B * long * R, sums
 
 
 def test_fsdp_gathers_a_scanned_layer_at_a_time() -> None:

@@ -23,9 +23,9 @@ def test_70b_is_planned_without_a_device(capsys: Any) -> None:
     (row,) = [line.split() for line in out.splitlines() if line.startswith("full ")]
     # fsdp 8 x tensor 4: all matrices are cut in 32, norms are whole.
     assert row[1] == plan.gib((matrices / 32 + d * (2 * layers + 1)) * 2)
-    # A of a column-sharded weight is cut by fsdp, of a row-sharded one by both; B by tensor, or not at all.
+    # A of a column-sharded weight is cut by fsdp and B by tensor, of a row-sharded one the other way round.
     column, rows = sides[:3] + sides[4:6], [sides[3], sides[6]]
-    own = 16 * layers * (sum(i / 8 + o / 4 for i, o in column) + sum(i / 32 + o for i, o in rows)) * 4
+    own = 16 * layers * (sum(i / 8 + o / 4 for i, o in column) + sum(i / 4 + o / 8 for i, o in rows)) * 4
     assert row[2] == row[3] == plan.gib(own)
     assert row[4] == plan.gib(2 * own)
     tokens, attention = 64 * 2048, 4 * 64 * 2048**2 * heads * head * layers

@@ -101,7 +101,7 @@ def test_every_weight_of_a_family_has_its_place(family: str, scan: bool) -> None
     assert len(kernels) >= (4 if scan else 8)
     for path in kernels:
         column = path.split("/")[-2] in ("query", "key", "value", "query_key_value", "up", "gate")
-        assert found[path] == P(*lead, *(("fsdp", "tensor") if column else (("tensor", "fsdp"), None))), path
+        assert found[path] == P(*lead, *(("fsdp", "tensor") if column else ("tensor", "fsdp"))), path
     for path in leaves:
         if "norm" in path:
             assert set(found[path]) <= {None}, path

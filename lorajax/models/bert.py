@@ -24,7 +24,7 @@ from lorajax.models.attention import Attention
 from lorajax.models.bert_config import BertConfig
 from lorajax.models.layers import FeedForward, rematerialised, scanned
 from lorajax.models.norms import LayerNorm
-from lorajax.models.settings import pinned
+from lorajax.models.settings import looked_up, pinned
 
 
 def position_ids(config: BertConfig, input_ids: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout, deterministic=self.deterministic)
 
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        x = self.word(input_ids).astype(jnp.float32)
+        x = looked_up(self.config, self.word, input_ids).astype(jnp.float32)
         x = x + self.position(positions).astype(jnp.float32)
         x = x + self.token_type(token_type_ids).astype(jnp.float32)
         return self.dropout(self.norm(x))

@@ -26,7 +26,7 @@ from lorajax.models.checkpoint import Layout, Tensor, layout, linears, norms
 from lorajax.models.decoder import CausalLM
 from lorajax.models.layers import FeedForward, add_layers
 from lorajax.models.norms import LayerNorm
-from lorajax.models.settings import ACTIVATIONS, Execution, choice, read_keys
+from lorajax.models.settings import ACTIVATIONS, Execution, choice, looked_up, read_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ class GPT2(CausalLM):
 
     def embedded(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         self._fits(input_ids.shape[1])
-        x = self.embed(input_ids).astype(jnp.float32) + self.positions(positions).astype(jnp.float32)
+        x = looked_up(self.config, self.embed, input_ids).astype(jnp.float32)
+        x = x + self.positions(positions).astype(jnp.float32)
         return self.drop(x.astype(self.config.dtype))
 
     def empty_cache(self, batch: int, length: int) -> Cache:

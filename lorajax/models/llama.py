@@ -30,6 +30,7 @@ from lorajax.models.layers import FeedForward, add_layers
 from lorajax.models.llama_config import LlamaConfig
 from lorajax.models.norms import RMSNorm
 from lorajax.models.rotary import rope_table
+from lorajax.models.settings import looked_up
 
 
 class Llama(CausalLM):
@@ -64,7 +65,7 @@ class Llama(CausalLM):
 
     def embedded(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
         c = self.config
-        x = self.embed(input_ids).astype(c.dtype)
+        x = looked_up(c, self.embed, input_ids).astype(c.dtype)
         return x if c.embedding_scale == 1.0 else x * jnp.asarray(c.embedding_scale, c.dtype)
 
     def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -139,3 +140,16 @@ def read_keys(config: Mapping[str, Any], required: Mapping[str, str], optional: 
 def number_of_labels(config: Mapping[str, Any]) -> int:
     """`num_labels`, or the size of `id2label`, or Hugging Face's default 2."""
     return config.get("num_labels") or len(config.get("id2label") or ()) or 2
+
+
+def looked_up(run: Execution, table: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
+    """table(ids), (B, T) to (B, T, D), its rows where `run.rows` says. Where these lie along several axes of the mesh,
+    a table's width lies along the last one (`fsdp`): a device looks up its part of the width for all rows that it
+    shares with others along that axis, which then exchange rows for width. XLA alone may give every device all rows,
+    and the whole vocabulary."""
+    axes = None if run.rows is None else next(iter(run.rows.spec), None)
+    if run.rows is None or not isinstance(axes, tuple) or len(axes) < 2:
+        return table(ids)
+    at = lambda *spec: NamedSharding(run.rows.mesh, PartitionSpec(*spec))  # noqa: E731
+    x = table(jax.lax.with_sharding_constraint(ids, at(axes[:-1])))
+    return pinned(run, jax.lax.with_sharding_constraint(x, at(axes[:-1], None, axes[-1])))

@@ -30,7 +30,7 @@ from lorajax.models.decoder import tied_logits
 from lorajax.models.encoder_decoder import EncoderDecoder, Stack
 from lorajax.models.layers import Context, FeedForward
 from lorajax.models.norms import RMSNorm
-from lorajax.models.settings import ACTIVATIONS, Execution, choice, read_keys
+from lorajax.models.settings import ACTIVATIONS, Execution, choice, looked_up, read_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +150,12 @@ class T5(EncoderDecoder):
             self.head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, **types)
 
     def embedded(self, decoder_input_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.drop(self.embed(decoder_input_ids).astype(self.config.dtype))
+        return self.drop(looked_up(self.config, self.embed, decoder_input_ids).astype(self.config.dtype))
 
     def encode(self, source: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """source: token ids (B, S)."""
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x = self.drop(self.embed(source).astype(self.config.dtype))
+        x = self.drop(looked_up(self.config, self.embed, source).astype(self.config.dtype))
         return self.drop(self.encoder(x, Context(mask=mask))[0])
 
     def logits(self, hidden: jax.Array) -> jax.Array:

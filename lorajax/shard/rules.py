@@ -5,8 +5,8 @@ dimensions; dimensions before these (scanned layers, experts) are replicated. So
 scanned one. The first rule that matches wins.
 
 The defaults are those of Megatron (arXiv 1909.08053) along `tensor`: projections into heads and into the feed-forward
-layer by their columns, those out of them by their rows. `fsdp` (ZeRO stage 3, arXiv 1910.02054) lies along the
-contracted dimension of each.
+layer by their columns, those out of them by their rows. `fsdp` (ZeRO stage 3, arXiv 1910.02054) lies along the other
+dimension of each: where both cut one dimension, XLA gathers the whole weight and not a device's part of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Entry = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Entry, ...]]
 
 COLUMN: tuple[Entry, ...] = ("fsdp", "tensor")
-ROW: tuple[Entry, ...] = (("tensor", "fsdp"), None)
+ROW: tuple[Entry, ...] = ("tensor", "fsdp")
 INTO, OUT = r"(query|key|value|query_key_value|gate|up)", r"(attention|cross_attention|ffn)/(output|down)"
 LAYERS: tuple[Rule, ...] = (
     (rf".*/(attention|cross_attention|ffn)/{INTO}/kernel", COLUMN),
