@@ -62,7 +62,7 @@ def test_the_scaling_table_has_a_row_for_each_layout(capsys: Any, tmp_path: Path
     assert json.loads(kept.read_text())["rows"] == rows
     assert kept.with_suffix(".md").read_text().count("tiny") == 3
     scaling.main(["--runs", "tiny:share:2", "--devices", "2", "--steps", "3", "--scan"])
-    assert json.loads(capsys.readouterr().out.splitlines()[1])["steps a call"] == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["steps a call"] == 2
     scaling.main(["--runs", "tiny:one:2", "--devices", "2", "--seconds", "-1", "--scan"])
     assert "tiny one:2: not measured, -1 s are over" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="give model:layout"):

@@ -11,8 +11,8 @@ one of several has of the batch, and `weak` is examples per second over its. Bot
 are dispatched one after another, median of three such rows; `waited` is the median of steps that are each waited for,
 as a loop does that looks at every loss. `data:8` takes eight steps in a call (`steps_per_call`), and is compared with
 `one:8` and `share:8`. `memory` is XLA's own analysis of the compiled step: arguments and temporaries of one device.
-All programs are compiled before the first is timed, `--compilers` of them at a time, `compiled in s` each. On forced
-host devices the times mean nothing.
+Every row is traced, compiled (`compiled in s`), timed and written before the next begins. On forced host devices the
+times mean nothing.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import math
 import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,13 +145,11 @@ def _drawn(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     return jax.jit(made, out_shardings=sharding)
 
 
-def compiled(program: Program) -> tuple[Any, float]:
-    began = time.perf_counter()
-    return program.compile(), time.perf_counter() - began
-
-
-def measure(program: Program, step: Any, steps: int, per_call: int) -> dict[str, float]:
+def measure(program: Program, steps: int, per_call: int) -> dict[str, float]:
     """Of `steps` steps, or the calls that have as many."""
+    began = time.perf_counter()
+    step = program.compile()
+    took = time.perf_counter() - began
     state, frozen, batch = program.start()
     calls, memory = -(-steps // per_call), step.memory_analysis()
     waited, row = [], []
@@ -170,28 +167,24 @@ def measure(program: Program, step: Any, steps: int, per_call: int) -> dict[str,
     assert bool(jnp.all(metrics["finite"]))
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return {"batch": program.batch, "tokens": program.tokens, "ms": statistics.median(row) / per_call * 1e3,
-            "waited": statistics.median(waited) / per_call * 1e3, "memory GiB": held / 2**30}
+            "waited": statistics.median(waited) / per_call * 1e3, "memory GiB": held / 2**30,
+            "compiled in s": took}  # fmt: skip
 
 
-def table(runs: list[Run], devices: int, steps: int, seconds: float, file: Path | None, scan: bool,
-          compilers: int) -> None:
+def table(runs: list[Run], devices: int, steps: int, seconds: float, file: Path | None, scan: bool) -> None:
     began, where = time.perf_counter(), setting() | {"flags": os.environ.get("XLA_FLAGS", "none")}
     rows: list[dict[str, Any]] = []
     speed: dict[Run, float] = {}
-    with ThreadPoolExecutor(compilers) as pool:
-        programs = [program(run, devices, scan) for run in runs]
-        steps_of = list(pool.map(compiled, programs))
-    print(f"{len(runs)} programs compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    for run, made, (step, took) in zip(runs, programs, steps_of, strict=True):
+    for run in runs:
         if time.perf_counter() - began > seconds:
             print(f"{run}: not measured, {seconds:g} s are over", flush=True)
             continue
-        found = measure(made, step, steps, run.steps)
+        found = measure(program(run, devices, scan), steps, run.steps)
         per_second = speed[run] = found["batch"] / found["ms"]
         speedup, weak = (per_second / speed.get(run._replace(layout=of), math.inf) for of in ("one", "share"))
         count = devices if spread(run) else 1
         rows.append({"model": run.case, "layout": f"{run.layout} {devices}" if spread(run) else run.layout,
-                     "steps a call": run.steps, **found, "compiled in s": took, "speedup": speedup,
+                     "steps a call": run.steps, **found, "speedup": speedup,
                      "efficiency": speedup / count, "weak": weak})  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
         if file:
@@ -222,9 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no measurement after so many")
     parser.add_argument("--json", type=Path, help="write the numbers there, and the table beside it, after every line")
     parser.add_argument("--scan", action="store_true", help="scanned layers, decoders with full remat")
-    parser.add_argument("--compilers", type=int, default=4, help="programs compiled at the same time")
     o = parser.parse_args(argv)
-    table(planned(o.runs), o.devices, o.steps, o.seconds, o.json, o.scan, o.compilers)
+    table(planned(o.runs), o.devices, o.steps, o.seconds, o.json, o.scan)
 
 
 if __name__ == "__main__":
