@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import glue_folder, model_folder
 
-from experiments.bench import flops, methods, mixed, packing, remat, scaling, serve, setting, trace
+from experiments.bench import flops, methods, mixed, packing, padding, remat, scaling, serve, setting, start, trace
 
 
 def test_flops_are_those_of_forward_activation_gradients_and_adapter_products() -> None:
@@ -95,3 +96,21 @@ def test_more_slots_take_fewer_steps(capsys: Any) -> None:
     one, three = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert (one["texts"], three["texts"], one["full"], three["full"]) == (3, 9, 1.0, 1.0)
     assert one["tokens/s"] > 0 and three["programs"] == 3  # a bucket, a step, a write
+
+
+def test_padding_is_counted_by_lengths(tmp_path: Path) -> None:
+    """The harness alone: what a run would print, for one length, four, as many as 5 % take, and calls."""
+    words = ["--config", f"configs/lora.py:model={model_folder(tmp_path / 'model')}", "--steps-per-call", "2"]
+    data = str(glue_folder(tmp_path / "data", train=640))
+    (row,) = padding.main([*words, "--tasks", "sst2", "--data", data, "--json", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text())["rows"] == [row]
+    assert row["examples"] == 640 and row["padding %"] == row["default %"] <= 5 < row["one length %"]
+    assert row["default lengths"] == row["lengths"] and row["those %"] < row["in calls of any lengths %"]
+
+
+@pytest.mark.slow
+def test_a_command_is_started_twice(tmp_path: Path, capsys: Any) -> None:
+    config = f"configs/lora.py:task=sst2,model={model_folder(tmp_path / 'model')},smoke"
+    first, second = start.main([f"--config={config}", f"--config.data={glue_folder(tmp_path / 'data')}"])
+    assert first["seconds"] > 0 and second["programs in the cache"] == first["programs in the cache"]
+    assert "| start | seconds | programs in the cache |" in capsys.readouterr().out
