@@ -11,9 +11,10 @@ arrays of its own for adapter, optimizer, batch and learning rate; alone and pac
 (lorajax.train.step, lorajax.train.pack), and the row says what the losses of the first call differ by. Each is compiled
 once, which is told and not counted. A row for each `--how`: XLA's attention, cuDNN's, the compiler set otherwise.
 
-Measured (one H200, JAX 0.11.2, 2026-11-22), ms of a run's step, packed and alone: MiniLM, 64 runs, 0.289 and 1.174
-(4.07 times; goals at most 0.22, and 4); BERT-base, 32 runs, 5.11 and 7.11 (1.39 times; goal at most 3.6). PEFT with
-CUDA graphs on the same machine that hour (`experiments.bench.theirs`): 1.105 and 7.18. Compilation 13.5 s and 18.9 s.
+Measured (one H200, JAX 0.11.2, 2026-11-22), ms of a run's step, packed and alone: MiniLM, 64 runs, cuDNN's attention
+0.253 and 0.953 (3.76 times), XLA's 0.263 and 1.077 (4.10; goals at most 0.22, and 4); BERT-base, 32 runs, 3.91 with
+cuDNN's, 4.69 with XLA's (goal at most 3.6), alone 5.13 in `experiments.bench.speed`. PEFT with CUDA graphs on the same
+machine that hour (there, too): 1.15 and 7.45. Compilation of a pack 8 to 17 s.
 """
 
 import argparse
