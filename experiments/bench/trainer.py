@@ -67,7 +67,7 @@ def main() -> None:
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=held_out,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda found: {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))},
+        compute_metrics=lambda found: {"accuracy": float(np.mean(np.argmax(found.predictions, -1) == found.label_ids))},
     )  # fmt: skip
     loop = trainer.train().metrics["train_runtime"]
     accuracy = max(row["eval_accuracy"] for row in trainer.state.log_history if "eval_accuracy" in row)
