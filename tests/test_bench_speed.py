@@ -62,6 +62,15 @@ def test_a_row_has_the_best_of_each_side_and_says_when_the_losses_differ() -> No
         ["smoke"], ["tiny"], lines)  # fmt: skip
 
 
+def test_the_profile_is_that_of_the_best_way() -> None:
+    parts = {how: {"kinds": {"products": ms}, "idle": 0.5} for how, ms in (("", 7.0), ("/scan", 6.0))}
+    lines = [x for how, ms in (("", 9.0), ("/scan", 8.0)) for x in (
+        line("lorajax", how, ms), {"row": "tiny", "side": "lorajax", "how": how, "profile": parts[how]})]  # fmt: skip
+    found = speed.text(["smoke"], ["tiny"], lines)
+    assert "- tiny: products 6.00, idle 0.50" in found and "7.00" not in found
+    assert "idle 0.50" not in speed.text(["smoke"], ["tiny"], lines[:-1])  # the best way has none
+
+
 def test_idle_is_what_no_kernel_covers() -> None:
     found = [("b", 5.0, 6.0), ("a", 0.0, 2.0), ("c", 1.0, 4.0), ("d", 5.5, 5.7), ("e", 9.0, 10.0)]
     assert kernels.idle(found) == (5.0 - 4.0) + (9.0 - 6.0)
@@ -91,6 +100,13 @@ def test_the_command_goes_on_where_it_was_and_writes_the_document(tmp_path: Path
         speed.main(["smoke", "--rows", "tinny"])
 
 
+def test_scanned_layers_have_the_weights_of_the_others() -> None:
+    one, many = (ours.measure(ROWS["tiny"], how, blocks=1)[0] for how in ("", "/scan"))
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-4)
+    assert many["trained"] == one["trained"]
+
+
 @pytest.mark.parametrize("row", ["tiny_nf4", "tiny_bert"])
 def test_our_side_needs_no_pytorch(row: str, tmp_path: Path) -> None:
     file = tmp_path / "lines"
@@ -103,14 +119,15 @@ def test_our_side_needs_no_pytorch(row: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("row", ["tiny", "tiny_dora", "tiny_full", "tiny_bert"])
-def test_both_sides_compute_the_same(row: str) -> None:
+@pytest.mark.parametrize(("row", "how"), [
+    ("tiny", ""), ("tiny_dora", ""), ("tiny_dora", "/scan"), ("tiny_full", ""), ("tiny_bert", ":2")])  # fmt: skip
+def test_both_sides_compute_the_same(row: str, how: str) -> None:
     """Three losses, the norm of the first gradient and the number of trained parameters, from the same weights."""
     torch = pytest.importorskip("torch", reason="torch is not installed (extra: peft)")
     torch.set_num_threads(1)
     from experiments.bench import theirs
 
-    mine, _ = ours.measure(ROWS[row], ROWS[row].ours[-1], blocks=1)
+    mine, _ = ours.measure(ROWS[row], how, blocks=1)
     peft = theirs.measure(theirs.prepare(ROWS[row], "eager", "cpu"), "eager", blocks=1)
     np.testing.assert_allclose(mine["losses"], peft["losses"], rtol=1e-5)
     np.testing.assert_allclose(mine["grad_norm"], peft["grad_norm"], rtol=1e-4)

@@ -52,9 +52,11 @@ class Parts(NamedTuple):
     net: Any
 
 
-def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path | None = None) -> Parts:
+def build(
+    work: Work, attention: str = "", steps_per_call: int = 1, file: Path | None = None, scan: bool = False
+) -> Parts:
     dtype: Any = jnp.float32 if work.device == "cpu" else jnp.bfloat16
-    how = {"dtype": dtype, "param_dtype": dtype, "remat": "full" if work.remat else "none"}
+    how = {"dtype": dtype, "param_dtype": dtype, "remat": "full" if work.remat else "none", "scan_layers": scan}
     how |= {"attention": attention} if attention else {}
     net: Any = model_from_hf(work.config, **how)
     given = work.batch()
@@ -79,12 +81,18 @@ def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path |
     place = quant.plan(sites, [("all-linear", quant.NF4() if work.method == "nf4" else None)]).place
 
     def tensor(path: str, like: Any) -> Any:
-        name, flip = names[path].names[0], names[path].form == "linear"
-        if (x := real.get(name.removeprefix("bert."))) is not None:
-            return jnp.asarray(x.T if flip else x, dtype)
-        if shared.kind(name, like.ndim) == "ones":
-            return jnp.ones(like.shape, dtype)
-        return place(path, drawn(name, like.shape[::-1] if flip else like.shape, flip, dtype))
+        named = names[path]
+        shape, flip = like.shape[named.stacked :], named.form == "linear"
+
+        def one(name: str) -> Any:
+            if (x := real.get(name.removeprefix("bert."))) is not None:
+                return jnp.asarray(x.T if flip else x, dtype)
+            if shared.kind(name, len(shape)) == "ones":
+                return jnp.ones(shape, dtype)
+            return drawn(name, shape[::-1] if flip else shape, flip, dtype)
+
+        found = [one(name) for name in named.names]
+        return place(path, jnp.stack(found) if named.stacked else found[0])
 
     params = jax.tree.unflatten(sites.tree, [tensor(path, like) for path, like in sites.leaves.items()])
     if work.decoder and work.method in ("lora", "nf4"):  # drawn below: compiling 224 starts takes as long as the step
@@ -93,10 +101,15 @@ def build(work: Work, attention: str = "", steps_per_call: int = 1, file: Path |
         trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
     del params
     for path, adapter in trainable.items():
-        module = names[path].names[0].removesuffix(".weight")
-        trainable[path] = adapter._replace(**{
-            leaf: drawn(f"{module}.lora_{leaf}.weight", getattr(adapter, leaf).shape[::-1], True, dtype).astype(
-                jnp.float32) for leaf in ("A", "B") if leaf in adapter._fields})  # fmt: skip
+        named = names[path]
+
+        def factor(leaf: str, named: Any = named, adapter: Any = adapter) -> jax.Array:
+            shape = getattr(adapter, leaf).shape[named.stacked :][::-1]
+            found = [drawn(f"{name.removesuffix('.weight')}.lora_{leaf}.weight", shape, True, dtype).astype(
+                jnp.float32) for name in named.names]  # fmt: skip
+            return jnp.stack(found) if named.stacked else found[0]
+
+        trainable[path] = adapter._replace(**{leaf: factor(leaf) for leaf in ("A", "B") if leaf in adapter._fields})
 
     loss = make_loss(work, net, adapt)
     tx = optim.adamw(RATE, weight_decay=0.01)
@@ -132,9 +145,10 @@ def measure(
 ) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
     """What is told of this way to run the step, and what says where its time goes."""
     run, _, compiler = how.partition("+")
-    attention, _, steps = run.partition(":")
+    run, _, steps = run.partition(":")
+    attention, _, layers = run.partition("/")
     steps_per_call = int(steps or 1)
-    step, state, frozen, batch, trained, *_ = build(work, attention, steps_per_call, file)
+    step, state, frozen, batch, trained, *_ = build(work, attention, steps_per_call, file, layers == "scan")
     began = time.perf_counter()
     compiled: Any = step.lower(state, frozen, batch).compile(compiler_options=COMPILERS[compiler])
     compile_seconds = time.perf_counter() - began
@@ -170,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             found, profile = measure(ROWS[o.row], how, o.blocks, file)
             shared.tell(o, line | found | {"seconds": time.perf_counter() - begun})
-            if how == hows[0] or failed:
+            if how == hows[0] or "/" in how or failed:  # of ways that differ in more than attention and calls
                 shared.tell(o, line | {"profile": profile()})
         except Exception as error:  # one way may not work on this machine: the others count
             traceback.print_exc()

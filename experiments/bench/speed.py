@@ -167,7 +167,9 @@ def text(tables: list[str], rows: list[str], lines: Lines) -> str:
         mine = {x["row"]: x for x in lines if x["row"] in TABLES[name] and "setting" in x}
         where = {key: value for x in lines if x["row"] in mine for key, value in x.get("setting", {}).items()}
         parts.append(markdown([{key: row[key] for key in wanted} for row in found], where))
-        profiles = [(x["row"], x["profile"]) for x in lines if x["row"] in mine and "profile" in x]
+        taken = {row: min(times)[1] for row in mine if (times := [
+            (x["ms"], x["how"]) for x in lines if x["row"] == row and x["side"] == "lorajax" and "ms" in x])}
+        profiles = [(x["row"], x["profile"]) for x in lines if "profile" in x and taken.get(x["row"]) == x["how"]]
         parts += ["Where the time of our step goes, in ms, with gaps between kernels as idle:"] if profiles else []
         parts += ["\n".join(f"- {row}: " + ", ".join(
             f"{kind} {ms:.2f}" for kind, ms in (p["kinds"] | {"idle": p["idle"]}).items()) for row, p in profiles)]
