@@ -97,7 +97,8 @@ def per_device(n: int, parts: int, what: str, axes: str) -> int:
 
 def activations(c: Any, settings: LlamaConfig, rows: int) -> int:
     # Of one device, at the fullest point of a step.
-    fused = config.choose("attention", c.attention, {"": None, "xla": None, "cudnn": fused_attention})
+    known = {"": None, "xla": None, "cudnn": fused_attention, "auto": fused_attention}
+    fused = config.choose("attention", c.attention, known)
     adapt = adapted(c, settings, rows)
     loss = lj.lift(objective(Llama(dataclasses.replace(settings, attention=fused)), head_trained(adapt)))
     ids = jax.ShapeDtypeStruct((rows, c.max_length), jnp.int32)

@@ -149,7 +149,7 @@ def test_the_fair_study_trains_one_head_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("study", "runs", "programs"), [
-    ("rank_sweep", 126, 2), ("dylora_ranks", 9 * 15, 3), ("adalora_budget", 2 * 3 * 15, 4),
+    ("rank_sweep", 126, 2), ("dylora_ranks", 10 * 15, 4), ("adalora_budget", 2 * 3 * 15, 4),
     ("adalora_budget.py:watch", 3, 3), ("targets", 5 * 20, 3)])  # fmt: skip
 def test_studies_of_findings(study: str, runs: int, programs: int) -> None:
     spec = f"configs/studies/{study}" if ".py" in study else f"configs/studies/{study}.py"

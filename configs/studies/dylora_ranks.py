@@ -1,4 +1,4 @@
-r"""One DyLoRA training, scored at each of its ranks, against a LoRA trained at each rank: 9 x 3 rates x 5 seeds.
+r"""DyLoRA in both its forms, scored at each of its ranks, against a LoRA trained at each rank: 10 x 3 rates x 5 seeds.
 
     python -m experiments.sweep --config configs/studies/dylora_ranks.py:task=sst2
     python -m experiments.sweep --config configs/studies/dylora_ranks.py:smoke
@@ -21,6 +21,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                      "arg.smoke": args.smoke})  # fmt: skip
     separate = product(fixed(config="lora"), each("arg.rank", ranks))
     one = fixed(**{"config": "dylora", "arg.rank": max(ranks)})
+    # Only the highest of a step's ranks learns, or all up to it.
+    one = chain(one, product(one, fixed(**{"controller.frozen": False})))
     c = ConfigDict({"args": args})
     c.trials = product(where, chain(separate, one), each("lr", rates), each("seed", seeds))
     return c
