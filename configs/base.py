@@ -86,8 +86,8 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.head_dropout = 0.0
     c.compute_dtype = "auto"
     c.scan_layers = False
-    # attention: auto is cudnn's fused kernel where it runs (NVIDIA GPUs, 16 bits) and else JAX's choice, which '' always
-    # is; xla and cudnn ask for one. Passes with attention dropout take XLA's.
+    # attention: auto is cudnn's fused kernel where it runs (NVIDIA GPUs, 16 bits), else JAX's choice, which '' always is;
+    # xla and cudnn ask for one. Passes with attention dropout take XLA's.
     c.attention = "auto"
     # remat: what the backward pass computes again: none; attention, all but the products with weights and the fused
     # attention; full; auto, the first of these whose compiled step fits `memory` GiB of a device, 0 for all it has.
@@ -190,7 +190,7 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     # behind them. packing: several pairs in a row of that length.
     c.update(examples=0, max_length=512, shapes=4, batch=8, eval_batch=32, epochs=1.0, eval_every=0, log_every=10)
     c.packing = False
-    # Model. attention: as for encoders, but JAX's choice unless asked. dropout: of a GPT-2, -1 for the checkpoint's own.
+    # Model. attention: as for encoders, JAX's choice unless asked. dropout: of a GPT-2, -1 for the checkpoint's own.
     c.attention = ""
     c.dropout = 0.0
     # Loss: sft, or dpo on constructed preferences, with the settings of lorajax.train.dpo.
