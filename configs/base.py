@@ -86,8 +86,8 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.head_dropout = 0.0
     c.compute_dtype = "auto"
     c.scan_layers = False
-    # attention: auto is cudnn's fused kernel where it runs (NVIDIA GPUs, 16 bits), else JAX's choice, which '' always is;
-    # xla and cudnn ask for one. Passes with attention dropout take XLA's.
+    # attention: auto is cudnn's fused kernel where it runs (NVIDIA GPUs, 16 bits), else JAX's choice, which '' is
+    # everywhere; xla and cudnn ask for one. Passes with attention dropout take XLA's.
     c.attention = "auto"
     # remat: what the backward pass computes again: none; attention, all but the products with weights and the fused
     # attention; full; auto, the first of these whose compiled step fits `memory` GiB of a device, 0 for all it has.
