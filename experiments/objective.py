@@ -49,7 +49,8 @@ def make_losses(
                 return -jnp.sum(frozen_head_log_probs(x, kernel, labels) * weight, axis=-1)
             return frozen_head_loss(x, kernel, labels, weight, smoothing=smoothing)
         scores = logits(*args, **more, rngs=rngs)
-        right = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+        # A sum over comparisons, not an index, whose gradient XLA would scatter into an array as large as the logits.
+        right = jnp.sum(jnp.where(jax.nn.one_hot(labels, scores.shape[-1], dtype=bool), scores, 0.0), axis=-1)
         right = (1.0 - smoothing) * right + smoothing * jnp.mean(scores, axis=-1)
         each = (jax.nn.logsumexp(scores, axis=-1) - right) * weight
         return jnp.sum(each, axis=-1) if by_row else jnp.sum(each) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -14,7 +14,8 @@ from lorajax.control.adalora import adalora
 from lorajax.control.controller import Controller
 from lorajax.optim import freeze_ranks
 from lorajax.shard.mesh import make_mesh
-from lorajax.train.step import init_state, make_eval, make_step
+from lorajax.train.elementwise import elementwise
+from lorajax.train.step import init_state, make_eval, make_step, make_update
 from lorajax.train.watch import HELD, Watch
 
 N_IN, RANK, N_OUT, BATCH = 4, 2, 3, 8
@@ -357,6 +358,31 @@ def test_arrays_reduced_together_give_the_norm_and_show_what_is_not_finite(small
     assert metrics["finite"] == (broken is None)
     if broken is not None:
         same(state.trainable, before)
+
+
+@pytest.mark.parametrize("how", ["large", "product", "apart"])
+def test_new_values_are_made_twice_where_that_is_cheap(how, monkeypatch):
+    """Once to be looked at, once to be kept, behind a barrier, or XLA would see that they are the same. Not where the
+    optimizer multiplies matrices. Either way what is not finite is not kept."""
+    monkeypatch.setattr("lorajax.train.step.SMALL", 0)
+    huge = optax.scale(-jnp.inf) if how != "product" else optax.stateless(
+        lambda grads, _: jax.tree.map(lambda g: -jnp.inf * (g @ jnp.eye(g.shape[1])), grads))  # fmt: skip
+    tx = optax.chain(optax.scale_by_adam(), huge)
+    state, frozen, batch = start(tx)
+    one = make_update(squares, Linear(), tx, clip=None, together=how != "apart")
+    assert ("optimization_barrier" in str(jax.make_jaxpr(one)(state, frozen, batch))) == (how == "large")
+    after, metrics = jax.jit(one)(state, frozen, batch)
+    assert not metrics["finite"] and np.isfinite(metrics["grad_norm"])
+    same(after, state)
+
+
+@pytest.mark.parametrize(("fn", "told"), [
+    (lambda x: jnp.where(x > 0, jnp.sqrt(x), 2.0) + x.T, True), (jax.jit(lambda x: x**2 - 1), True),
+    (lambda x: x @ x, False), (jax.jit(lambda x: jnp.linalg.qr(x)[0]), False), (lambda x: x / x.sum(), False),
+    (lambda x: jax.lax.fori_loop(0, 3, lambda _, y: y * x, x), False), (lambda x: x[jnp.argsort(x[0])], False),
+])  # fmt: skip
+def test_what_is_element_by_element(fn, told):
+    assert elementwise(jax.make_jaxpr(fn)(jnp.ones((2, 2)))) == told
 
 
 def test_small_arrays_of_one_type_are_one_reduction():

@@ -65,7 +65,8 @@ def sequence_log_probs(logits: jax.Array, labels: jax.Array, completion: jax.Arr
     tokens that do not count -> (...) float32. The softmax is in float32. Without all logits at once:
     `lorajax.models.frozen_head.frozen_head_log_probs`, times `completion`, summed."""
     logits = logits.astype(jnp.float32)
-    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    # A sum over comparisons, not an index, whose gradient XLA would scatter into an array as large as the logits.
+    right = jnp.sum(jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), logits, 0.0), axis=-1)
     return jnp.sum((right - jax.nn.logsumexp(logits, axis=-1)) * completion, axis=-1)
 
 

@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from lorajax.control.controller import Controller, identity
+from lorajax.train.elementwise import elementwise
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
 """(bound params, batch, key) -> (mean loss over the batch's real examples, scalar means to report)."""
@@ -134,16 +135,26 @@ def make_update(
         where = shardings and jax.tree.leaves(jax.tree.broadcast(shardings, state).trainable)
         collect = partial(_joined, where=where) if together else jax.tree.leaves
         found = gradients(state, frozen, batch)
+        masks = {} if found.masks is None else {"masks": found.masks}
         norm = optax.tree.norm(collect(found.grads))
         scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
-        grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, state.trainable)
-        masks = {} if found.masks is None else {"masks": found.masks}
-        with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to powers of int32 counters
-            updates, opt_state = tx.update(grads, state.opt_state, state.trainable, **masks)
-        new = optax.apply_updates(state.trainable, updates)
-        new, control = controller.update(grads, state.trainable, new, state.control)
+
+        @jax.jit  # traced once, however often it is called
+        def update(opt_state: Any, trainable: Any, control: Any) -> tuple[Any, Any, Any]:
+            grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, trainable)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to powers of int32 counters
+                updates, opt_state = tx.update(grads, opt_state, trainable, **masks)
+            new, control = controller.update(grads, trainable, optax.apply_updates(trainable, updates), control)
+            return new, opt_state, control
+
+        old = state.opt_state, state.trainable, state.control
+        new, opt_state, control = update(*old)
+        # Whether the new values are finite is known when all of them have been made. They are made twice, once to be
+        # looked at and once to be kept: XLA would write some in between, and read them again.
+        twice = together and elementwise(jax.make_jaxpr(update)(*old))
+        checked = update(*lax.optimization_barrier(old))[0] if twice else new
         total = found.loss + found.penalty
-        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(collect(new)) & jnp.all(good)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(collect(checked)) & jnp.all(good)
         after = _keep(finite, TrainState(state.step + 1, new, opt_state, control, state.key), state)
         metrics = {"loss": found.loss, "penalty": found.penalty, "grad_norm": norm, "weight": found.weight}
         return after, {**found.aux, **metrics, "finite": finite}
