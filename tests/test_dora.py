@@ -21,6 +21,7 @@ from lorajax.control import adalora, compact
 from lorajax.core.variant import Factors, Leaf, Variant
 from lorajax.variants import AdaLoRA, DoRA, LoRA
 from lorajax.variants.adalora import AdaLoRAAdapter
+from lorajax.variants.dora import _cross
 
 # The formulas, on one (in, out) matrix or a stack of them, float64
 
@@ -473,3 +474,25 @@ def test_pefts_convolution_and_embedding(kind: str) -> None:
     mine = jax.grad(lambda t: jnp.sum(run(t) * weights))(trainable)
     for name, want in ours(grads).items():
         np.testing.assert_allclose(getattr(mine["w"], name), want, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_scale_of_the_sum_of_both_products_is_the_last_pass() -> None:
+    """(x W + x A B) g: whatever reads the result can do it as it reads, and only this sum is kept for g's gradient."""
+    x, params = normal(40, 6), {"w": normal(6, 8, scale=0.6)}
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    adapt = lj.adapt(lj.sites(fn, params, x), [("w", DoRA(LoRA(rank=2)))])
+    trainable, frozen = adapt.init(jax.random.key(0), params)
+    jaxpr = jaxprs.trace(lambda t: lj.lift(fn)(adapt.bind(t, frozen), x), trainable)
+    large = [eqn.primitive.name for eqn in jaxprs.equations(jaxpr) if eqn.outvars[0].aval.shape == (40, 8)]
+    assert [name for name in large if name != "jit"] == ["dot_general", "dot_general", "add", "name", "mul"]
+
+
+def test_norms_of_a_bfloat16_weight_are_as_exact_as_of_float32() -> None:
+    w, a = normal(256, 32).astype(jnp.bfloat16), normal(256, 4, seed=1)
+    want = np.float64(a).T @ np.float64(w)
+    found = jax.jit(_cross)(w, a)
+    np.testing.assert_allclose(found, want, atol=2e-6 * np.abs(want).max() * 4)
+    rough = jnp.einsum("io,ir->ro", w, a.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    assert np.abs(rough - want).max() > 100 * np.abs(found - want).max()
+    jaxpr = jaxprs.trace(_cross, w, a)
+    assert not [e for e in jaxprs.equations(jaxpr) if e.outvars[0].aval.shape == w.shape]

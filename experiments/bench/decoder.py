@@ -19,7 +19,7 @@ from lorajax.train.step import init_state, make_step
 
 
 class Case(NamedTuple):
-    """shape: a row of SHAPES. fold: `make_step`'s fold_scales."""
+    """shape: a row of SHAPES."""
 
     shape: str
     batch: int
@@ -28,7 +28,6 @@ class Case(NamedTuple):
     targets: str = "all-linear"
     remat: str = "none"
     scan: bool = False
-    fold: bool = False
     steps_per_call: int = 1
 
 
@@ -68,7 +67,7 @@ def build(case: Case, params: Any) -> Built:
     ids = jnp.asarray(np.random.default_rng(0).integers(0, SHAPES[case.shape]["vocab_size"], rows), jnp.int32)
     one = ids[0] if case.steps_per_call > 1 else ids
     adapt = lj.adapt(lj.sites(net.apply, params, one), [(case.targets, case.variant)])
-    trainable, frozen = jax.jit(adapt.init)(jax.random.key(2), params)
+    trainable, frozen = adapt.init(jax.random.key(2), params)  # as one program it compiles as long as the step
     tx = optax.adamw(1e-4)
 
     def loss(bound: Any, ids: jax.Array, key: jax.Array) -> Any:
@@ -76,7 +75,7 @@ def build(case: Case, params: Any) -> Built:
         weight = jnp.ones(ids.shape).at[:, -1].set(0.0)
         return frozen_head_loss(x, bound["params"]["head"]["kernel"], jnp.roll(ids, -1, 1), weight), {}
 
-    step = make_step(loss, adapt, tx, steps_per_call=case.steps_per_call, fold_scales=case.fold)
+    step = make_step(loss, adapt, tx, steps_per_call=case.steps_per_call)
     return Built(step, init_state(jax.random.key(3), trainable, tx), frozen, ids)
 
 

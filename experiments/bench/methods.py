@@ -4,9 +4,7 @@
     python -m experiments.bench.methods --shape tiny --batch 2 --tokens 16 --steps 2
     python -m experiments.bench.methods --cases "lora" "lora, 8 a call" --shape small --batch 16 --tokens 64
 
-Rank 16 on all linear layers. DoRA's scale m / ||V|| multiplies the result of a product (`dora, result`) or the frozen
-weight, again in the backward pass (`dora, weight`; see lorajax/core/scaled.py). --kernels prints where the device's
-time goes, by kernel.
+Rank 16 on all linear layers. --kernels prints where the device's time goes, by kernel.
 """
 
 import argparse
@@ -26,8 +24,7 @@ from lorajax.variants import DoRA
 
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
-    "dora, result": {"wrap": DoRA},
-    "dora, weight": {"wrap": DoRA, "fold": True},
+    "dora": {"wrap": DoRA},
     "lora, 8 a call": {"steps_per_call": 8},
     "lora, q and v": {"targets": "qv"},
 }
@@ -40,7 +37,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--remat", default="none")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["lora", "dora, result", "dora, weight"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["lora", "dora"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=0, help="print so many kernels of each case")
     parser.add_argument("--json", type=Path, help="write the numbers there, as they come")

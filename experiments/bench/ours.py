@@ -95,10 +95,10 @@ def build(
         return place(path, jnp.stack(found) if named.stacked else found[0])
 
     params = jax.tree.unflatten(sites.tree, [tensor(path, like) for path, like in sites.leaves.items()])
-    if work.decoder and work.method in ("lora", "nf4"):  # drawn below: compiling 224 starts takes as long as the step
+    if work.decoder and work.method in ("lora", "nf4"):  # drawn below
         trainable, frozen = dict(adapt.shapes[0]), adapt.frozen(params, {})
-    else:
-        trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), params)
+    else:  # not as one program, which compiles as long as the step
+        trainable, frozen = adapt.init(jax.random.key(0), params)
     del params
     for path, adapter in trainable.items():
         named = names[path]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorajax.core.bound import Bound, Gate, Number, Term, dense, is_bound
+from lorajax.core.bound import Bound, Gate, Term, dense, is_bound
 from lorajax.core.dropping import dropping, kept
 from lorajax.core.layout import aligned, leaf, matrix, nameless, over_stack
 from lorajax.core.masks import apply
@@ -155,15 +155,12 @@ class Adapt:
         return choice.read_shared(arrays, site.n_in, site.n_out)
 
     def bind(self, trainable: Mapping[str, Any], frozen: Frozen, *, key: jax.Array | None = None,
-             masks: Mapping[str, Any] | None = None, onto: Any = None,
-             fold_scales: bool = False) -> Any:
+             masks: Mapping[str, Any] | None = None, onto: Any = None) -> Any:
         """The params tree with a `Bound` node for each adapted weight: what `lift(fn)` takes for `params`.
 
         key: PRNG key that turns the adapters' dropout on (training). masks: path -> multipliers, (stack..., rank) for
         every trainable array along its rank dimension or one for each array; see `masks`. onto: a tree that another
         Adapt of the same model has bound; its adapters and these add up. ValueError for one that rewrites its weight.
-        fold_scales: a scale of outputs (DoRA) may multiply the weight, see `lorajax.core.scaled`: where no vmap runs
-        over adapters, since each of them would then have a weight of its own.
         """
         for path in masks or ():
             if path not in self.plan:
@@ -191,7 +188,6 @@ class Adapt:
             shared = self.shared(path, trainable, frozen)
             if choice.factored:
                 term = self._term(site, choice, adapter, w, shared, key)
-                term = term._replace(fold=Number(1)) if fold_scales and term.g is not None else term
                 leaves[path] = Bound(w, (*terms, term), path)
             else:
                 update = _delta(choice, site, adapter, w, shared)

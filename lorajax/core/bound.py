@@ -121,7 +121,6 @@ class Term(NamedTuple):
     weight's inputs X were in a matmul, [X^T X | sum of rows | number of rows | largest |X|]. seen: weights of the rows,
     0 for padding, in the shape of the leading dimensions of X.
     only: bool (tokens,), the tokens of the row that this adapter acts on (`lorajax.core.mixed`).
-    fold: that g may multiply the weight instead of the result (`lorajax.core.scaled`).
     bare: b without g, which is in b as well: g W + a b = g (W + a bare).
     """
 
@@ -139,7 +138,6 @@ class Term(NamedTuple):
     tap: Factor | None = None
     seen: Factor | None = None
     only: Any = None
-    fold: Number | None = None
     bare: Factor | None = None
 
     def folded(self) -> Term:

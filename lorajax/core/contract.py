@@ -7,7 +7,6 @@ dimensions, then with the other one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lorajax.core import compat, scaled
+from lorajax.core import compat
 from lorajax.core.bound import RANK, Bound, Factor, Term, dense, wide
 from lorajax.core.labelled import FREE, Labelled, meet, times
 from lorajax.core.packed import is_packed, moved, product
@@ -81,13 +80,9 @@ def dot_general(eqn, left, right, hidden: Any = None) -> jax.Array:
 
     sizes = [x.array.shape[x.labels.index(d)] if d in x.labels else node.shape[d] for d in out]
     mesh = compat.explicit_mesh(x.array, *([] if is_packed(node.w) else [node.w]))
-    rows = math.prod(n for d, n in zip(x.labels, x.array.shape, strict=True) if d >= FREE)
-    g, redo = scaled.foldable(node, set(nc), rows) if mesh is None else None, list[Term]()
-    last = _last(node, set(nc)) if g is None else None
+    last, redo = _last(node, set(nc)), list[Term]()
     if last is not None:
         y = base(x)
-    elif g is not None:
-        y = scaled.product(run, node.w, x.array, g, out)
     else:
         x_in, scales, redo = _split_scales(node, x, set(nc), out, sizes)
         y = base(x_in)

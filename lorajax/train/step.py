@@ -77,7 +77,6 @@ def make_step(
     accumulate: int = 1,
     steps_per_call: int = 1,
     shardings: Any = None,
-    fold_scales: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted ``(state, frozen, batch, good=True) -> (state, metrics)``; `state` is donated.
 
@@ -91,7 +90,6 @@ def make_step(
     steps_per_call: n > 1 scans n optimizer steps in one call: batch leaves get one more leading axis of n, outside
       that of `accumulate`, and so does every metric.
     shardings: (of the state, of the metrics), on a mesh, so that they stay where they are; None as it comes.
-    fold_scales: see `Adapt.bind`; never inside a vmap over adapters.
 
     metrics: loss (without penalty), penalty, grad_norm (before clipping), weight (real examples), finite (bool) and the
     loss function's own scalars. A step whose loss, gradient norm or new values are not finite changes nothing: the
@@ -101,7 +99,7 @@ def make_step(
     """
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call={steps_per_call} must be at least 1")
-    one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate, fold_scales=fold_scales,
+    one = make_update(loss, adapt, tx, controller, clip=clip, accumulate=accumulate,
                       together=True, shardings=shardings and shardings[0])
     run = one if steps_per_call == 1 else repeated(one, steps_per_call)
     return jax.jit(run, donate_argnums=0, out_shardings=shardings)
@@ -115,7 +113,6 @@ def make_update(
     *,
     clip: float | None = 1.0,
     accumulate: int = 1,
-    fold_scales: bool = False,
     together: bool = False,
     shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -128,7 +125,7 @@ def make_update(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} must be positive; None turns clipping off")
     controller = controller or identity()
-    gradients = make_gradients(loss, adapt, controller, accumulate=accumulate, fold_scales=fold_scales)
+    gradients = make_gradients(loss, adapt, controller, accumulate=accumulate)
     tx = optax.with_extra_args_support(tx)
 
     def one(state: TrainState, frozen: Any, batch: Any, good: Any = True) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -179,10 +176,9 @@ def repeated(one: Callable[..., Any], steps: int) -> Callable[..., Any]:
 
 
 def make_gradients(
-    loss: Loss, adapt: Any, controller: Controller | None = None, *, accumulate: int = 1, fold_scales: bool = False
+    loss: Loss, adapt: Any, controller: Controller | None = None, *, accumulate: int = 1
 ) -> Callable[[TrainState, Any, Any], Gradients]:
     """The first half of a step, not jitted: ``(state, frozen, batch) -> Gradients``."""
-    more = {"fold_scales": True} if fold_scales else {}
     draw = (controller or identity()).masks
 
     def gradients(state: TrainState, frozen: Any, batch: Any) -> Gradients:
@@ -193,7 +189,7 @@ def make_gradients(
             adapter_key, model_key = jax.random.split(jax.random.fold_in(step_key, index))
 
             def objective(trainable: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-                value, aux = loss(adapt.bind(trainable, frozen, key=adapter_key, masks=masks, **more), part, model_key)
+                value, aux = loss(adapt.bind(trainable, frozen, key=adapter_key, masks=masks), part, model_key)
                 return _wide(value), {name: _wide(x) for name, x in aux.items()}
 
             (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
