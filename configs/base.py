@@ -90,7 +90,8 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     # everywhere; xla and cudnn ask for one. Passes with attention dropout take XLA's.
     c.attention = "auto"
     # remat: what the backward pass computes again: none; attention, all but the products with weights and the fused
-    # attention; full; auto, the first of these whose compiled step fits `memory` GiB of a device, 0 for all it has.
+    # attention; fused, all but the fused attention; full; auto, the first of none, attention and full whose compiled
+    # step fits `memory` GiB of a device, 0 for all it has.
     c.remat = "none"
     c.memory = 0.0
     # Devices: how many each axis of the mesh has, -1 for the rest. No number of a run depends on it. shard: rules for

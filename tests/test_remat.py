@@ -18,7 +18,7 @@ from lorajax.core.liveness import fullest
 from lorajax.core.summary import activations
 from lorajax.models import GPT2, Bert, BertConfig, GPT2Config, Llama, LlamaConfig, ResNet, ResNetConfig, ViT, ViTConfig
 from lorajax.models.fused_attention import fused_attention
-from lorajax.models.settings import keeps_products
+from lorajax.models.settings import keeps_attention, keeps_products
 from lorajax.train import remat as dial
 from lorajax.train.remat import POLICIES, TooLarge, fitting
 
@@ -112,7 +112,8 @@ def test_attention_names_the_fused_kernel(cudnn):
             jaxpr = jax.make_jaxpr(jax.grad(jax.checkpoint(layer, policy=policy)))(q)
         return str(jaxpr).count("dot_product_attention_fwd_wrapper[")
 
-    assert runs(keeps_products) == 1
+    assert runs(keeps_products) == runs(keeps_attention) == 1
+    assert runs(None) == 2
     assert runs(jax.checkpoint_policies.dots_with_no_batch_dims_saveable) == 2
 
 
@@ -130,6 +131,20 @@ def test_the_planned_kernel_needs_what_cudnn_does(cudnn, remat):
             return sorted((x.shape, str(x.dtype)) for x in fullest(jax.make_jaxpr(fn)(params, ids)) if x.size)
 
     assert needs(fused_attention) == needs("cudnn")
+
+
+def test_fused_keeps_the_attention_alone(cudnn):
+    """Of a layer: its input, what the attention adds, and a float32 number for each head and token."""
+    heads = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+    run = dataclasses.replace(LLAMA, **heads, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, attention="cudnn")
+    ids = jnp.zeros((1, 64), jnp.int32)
+
+    def kept(layers, remat):
+        with jax.numpy_dtype_promotion("standard"):
+            return activations(adapted(Llama(dataclasses.replace(run, num_layers=layers)), ids, remat)[1])
+
+    one = {remat: kept(4, remat) - kept(3, remat) for remat in ("full", "fused")}
+    assert one["fused"] - one["full"] == 64 * (128 * 2 + 2 * 4)
 
 
 def needing(**sizes):

@@ -11,7 +11,7 @@ import functools
 import resource
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +53,11 @@ class Parts(NamedTuple):
 
 
 def build(
-    work: Work, attention: str = "", steps_per_call: int = 1, file: Path | None = None, scan: bool = False
+    work: Work, attention: str = "", steps_per_call: int = 1, file: Path | None = None, layers: Sequence[str] = ()
 ) -> Parts:
     dtype: Any = jnp.float32 if work.device == "cpu" else jnp.bfloat16
-    how = {"dtype": dtype, "param_dtype": dtype, "remat": "full" if work.remat else "none", "scan_layers": scan}
+    how = {"dtype": dtype, "param_dtype": dtype, "scan_layers": "scan" in layers}
+    how |= {"remat": ("fused" if "fused" in layers else "full") if work.remat else "none"}
     how |= {"attention": attention} if attention else {}
     net: Any = model_from_hf(work.config, **how)
     given = work.batch()
@@ -146,9 +147,9 @@ def measure(
     """What is told of this way to run the step, and what says where its time goes."""
     run, _, compiler = how.partition("+")
     run, _, steps = run.partition(":")
-    attention, _, layers = run.partition("/")
+    attention, *layers = run.split("/")
     steps_per_call = int(steps or 1)
-    step, state, frozen, batch, trained, *_ = build(work, attention, steps_per_call, file, layers == "scan")
+    step, state, frozen, batch, trained, *_ = build(work, attention, steps_per_call, file, layers)
     began = time.perf_counter()
     compiled: Any = step.lower(state, frozen, batch).compile(compiler_options=COMPILERS[compiler])
     compile_seconds = time.perf_counter() - began

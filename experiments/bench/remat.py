@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             o.json.write_text(json.dumps({"setting": setting(), "case": str(case), "rows": rows}, indent=1) + "\n")
         jax.clear_caches()
     print(markdown(rows, setting()))
-    fits = [row["remat"] for row in rows if row["GiB"] <= ROOM * memory() / 2**30]
-    print(f"remat=auto on this device, {gib(ROOM * memory())}: {fits[0] if fits else 'none of these fits'}")
+    fits = {row["remat"] for row in rows if row["GiB"] <= ROOM * memory() / 2**30}
+    taken = next((policy for policy in POLICIES if policy in fits), "none of these fits")
+    print(f"remat=auto on this device, {gib(ROOM * memory())}: {taken}")
     return rows
 
 

@@ -50,7 +50,7 @@ REMAT_POLICIES = (
     "everything_saveable",
     "nothing_saveable",
 )
-REMAT = ("none", "attention", "full", *REMAT_POLICIES)
+REMAT = ("none", "attention", "fused", "full", *REMAT_POLICIES)
 _KINDS: Mapping[str, type] = {"int": Integral, "float": Real, "str": str}
 
 
@@ -63,7 +63,8 @@ class Execution:
     scan_layers: one stacked tree `layers` (leading axis = layer) run by `lax.scan`, instead of `layer_0`, `layer_1`...
     remat: what the backward pass computes again of each layer. 'none'; 'attention', all but the products with weights
         and the fused attention (`keeps_products`): norms, activations and, without the fused kernel, the attention's
-        probabilities; 'full', everything; or a name in `jax.checkpoint_policies` (see `REMAT_POLICIES`).
+        probabilities; 'fused', all but the fused attention, an array of the layer's width; 'full', everything; or a
+        name in `jax.checkpoint_policies` (see `REMAT_POLICIES`).
     rows: sharding of the rows of what flows from layer to layer, on a mesh; None leaves it to the compiler, which under
         FSDP may well cut features instead of rows. No number depends on it.
     attention: implementation given to `jax.nn.dot_product_attention`: None (JAX chooses), 'xla', 'cudnn' (fused, on
@@ -92,18 +93,23 @@ class Execution:
 
 def policy(remat: str) -> Any:
     """The `jax.checkpoint` policy of a `remat` other than 'none'; None keeps nothing but the layer's input."""
-    known = {"full": None, "attention": keeps_products}
+    known = {"full": None, "fused": keeps_attention, "attention": keeps_products}
     return known[remat] if remat in known else getattr(jax.checkpoint_policies, remat)
 
 
 _named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
+def keeps_attention(primitive: Any, *types: Any, **params: Any) -> bool:
+    """A `jax.checkpoint` policy: keeps what cuDNN's attention returns, so that it is not run twice."""
+    return primitive.name.startswith("dot_product_attention")
+
+
 def keeps_products(primitive: Any, *types: Any, **params: Any) -> bool:
     """A `jax.checkpoint` policy: keeps products with weights (matmuls without batch dimensions, convolutions, sums
     named `PRODUCT`) and what cuDNN's attention returns. That is a primitive of its own, neither a product nor named: a
     policy that keeps dots alone runs the attention twice."""
-    if primitive.name.startswith("dot_product_attention") or primitive.name == "conv_general_dilated":
+    if keeps_attention(primitive) or primitive.name == "conv_general_dilated":
         return True
     return _named(primitive, *types, **params) or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
         primitive, *types, **params)
