@@ -33,6 +33,7 @@ from lorajax.core.variant import Full, Variant
 from lorajax.io import adapter, assets, hf
 from lorajax.models import Bert, BertConfig, fresh_params, params_from_hf
 from lorajax.models.settings import REMAT
+from lorajax.models.short_attention import short_attention
 from lorajax.shard.mesh import make_mesh
 from lorajax.shard.placement import LOCAL, Placement
 from lorajax.shard.rules import defaults as sharding_rules
@@ -188,7 +189,10 @@ def remat(config: ConfigDict) -> str:
 
 def attention(config: ConfigDict) -> Any:
     """`config.attention` as models know it; older runs have none."""
-    known = choose("attention", config.get("attention", ""), {"": None, "xla": "xla", "cudnn": "cudnn", "auto": "auto"})
+    known: Any = choose("attention", config.get("attention", ""), {
+        "": None, "xla": "xla", "cudnn": "cudnn", "auto": "auto", "short": short_attention})
+    if known is short_attention and (split := {axis: n for axis, n in dict(config.mesh).items() if n != 1}):
+        raise ConfigError(f"attention=short is for one device, and config.mesh has {split}: take attention=auto")
     if known == "cudnn" and jnp.dtype(compute_dtype(config)).itemsize > 2:
         raise ConfigError("attention=cudnn computes in 16 bits, and compute_dtype is float32: take attention=auto, "
                           "which is cuDNN's where that runs, or compute_dtype=bfloat16")

@@ -1,5 +1,6 @@
 """What an adapter adds to a step beside its own products: no pass over activations that could be avoided."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -48,3 +49,23 @@ def test_an_adapted_product_adds_two_products_and_two_sums() -> None:
     assert ours["add"] - base["add"] == sites
     for name in ("convert_element_type", "transpose", "mul", "select_n", "broadcast_in_dim"):
         assert ours[name] <= base[name], name
+
+
+def test_gradients_of_adapters_sum_over_one_dimension() -> None:
+    """Rows and tokens as one, also where x A of query, key and value is one product: over two, under a vmap over runs,
+    XLA's GPU compiler takes the sum from a copy of the activations in another layout."""
+    ids = IDS[:3, :50]
+    shapes = jax.eval_shape(NET.init, jax.random.key(0), ids)
+    adapt = lj.adapt(lj.sites(NET.apply, shapes, ids), [("all-linear", lj.LoRA(rank=8))])
+    run = lj.lift(NET.apply, strict=True)
+    trainable, frozen = adapt.shapes
+    runs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), trainable)
+    with jax.numpy_dtype_promotion("standard"):
+        trace = jaxprs.trace(jax.vmap(jax.grad(lambda t, f: run(adapt.bind(t, f), ids).sum()), (0, None)), runs, frozen)
+    summed = []
+    for e in jaxprs.equations(trace):
+        if e.primitive.name == "dot_general":
+            dims = e.params["dimension_numbers"][0][0]
+            if math.prod(e.invars[0].aval.shape[i] for i in dims) == ids.size:
+                summed.append(len(dims))
+    assert summed == [1] * (14 + 8)  # of every B, and of A's by what they read

@@ -29,6 +29,7 @@ from lorajax import config, language, optim, quant
 from lorajax.data import TASKS
 from lorajax.io.tensors import read_tensors
 from lorajax.models import adapter_names, model_from_hf
+from lorajax.models.short_attention import short_attention
 from lorajax.shard.placement import LOCAL
 from lorajax.train.step import init_state, make_step
 
@@ -58,7 +59,7 @@ def build(
     dtype: Any = jnp.float32 if work.device == "cpu" else jnp.bfloat16
     how = {"dtype": dtype, "param_dtype": dtype, "scan_layers": "scan" in layers}
     how |= {"remat": ("fused" if "fused" in layers else "full") if work.remat else "none"}
-    how |= {"attention": attention} if attention else {}
+    how |= {"attention": {"short": short_attention}.get(attention, attention)} if attention else {}
     net: Any = model_from_hf(work.config, **how)
     given = work.batch()
     ids = jnp.asarray(given["input_ids"])

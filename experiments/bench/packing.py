@@ -2,7 +2,7 @@
 
     python -m experiments.bench.packing                                                # both rows, on a GPU
     python -m experiments.bench.packing --rows minilm --runs 32 64 --steps-per-call 10 --json packing.json
-    python -m experiments.bench.packing --rows bert --how '' cudnn --packed-only
+    python -m experiments.bench.packing --rows bert --how short cudnn --packed-only
     python -m experiments.bench.packing --rows tiny_bert --runs 3 --blocks 2           # toy shapes, any machine
 
 Shapes, weights and batch are those of `experiments.bench.speed`, which times PEFT on them: LoRA of rank 8 on query and
@@ -10,6 +10,7 @@ value of MiniLM (16 x 64 tokens, 64 runs) and of BERT-base (32 x 128, 32 runs), 
 arrays of its own for adapter, optimizer, batch and learning rate; alone and packed are the library's own steps
 (lorajax.train.step, lorajax.train.pack), and the row says what the losses of the first call differ by. Each is compiled
 once, which is told and not counted. A row for each `--how`: XLA's attention, cuDNN's, the compiler set otherwise.
+`--how short` is lorajax.models.short_attention, one kernel each way.
 
 Measured (one H200, JAX 0.11.2, 2026-11-22), ms of a run's step, packed and alone: MiniLM, 64 runs, cuDNN's attention
 0.253 and 0.953 (3.76 times), XLA's 0.263 and 1.077 (4.10; goals at most 0.22, and 4); BERT-base, 32 runs, 3.91 with
@@ -46,7 +47,7 @@ def measure(work: Work, runs: int, steps_per_call: int, blocks: int, how: str, p
     attention, _, compiler = how.partition("+")
     alone = ours.build(work, attention, steps_per_call)
     loss = alone.loss
-    if attention == "cudnn":
+    if attention == "cudnn":  # the others are the same under a vmap
         loss = ours.make_loss(work, Bert(dataclasses.replace(alone.net.config, attention=side_by_side)), alone.adapt)
 
     def make(values: Any) -> Parts:

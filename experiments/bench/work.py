@@ -58,7 +58,7 @@ class Work:
 
 
 SMALL: dict[str, Any] = {"targets": "qv", "rank": 8, "theirs": ("limit", "eager", "model", "graphs", "amp"),
-                         "ours": ("cudnn:16", ":16")}
+                         "ours": ("short:16", "cudnn:16", ":16")}
 CPU: dict[str, Any] = SMALL | {"device": "cpu", "theirs": ("limit", "eager", "model"), "ours": ("", ":8")}
 EIGHT = ("cudnn/scan", "cudnn", "cudnn/scan/fused", "cudnn/fused")
 TOY: dict[str, Any] = {"device": "cpu", "theirs": ("limit", "eager"), "ours": ("",)}

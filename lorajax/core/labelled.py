@@ -24,7 +24,11 @@ class Labelled(NamedTuple):
 
 
 def meet(left: Labelled, right: Labelled, keep: set[int], mesh: Any, spec: dict[int, Any], **how) -> Labelled:
-    """Contracts the labels that both have and `keep` has not; result in `dot_general`'s own order."""
+    """Contracts the labels that both have and `keep` has not; result in `dot_general`'s own order.
+
+    Rows and tokens of x are one dimension of the product: a gradient that sums over two, under a vmap over runs, XLA's
+    GPU compiler would take from a copy of x in another layout.
+    """
     left, right = (_sum_out(t, {x for x in t.labels if x not in o.labels and x not in keep})
                    for t, o in ((left, right), (right, left)))
     shared = [x for x in left.labels if x in right.labels]
@@ -34,7 +38,26 @@ def meet(left: Labelled, right: Labelled, keep: set[int], mesh: Any, spec: dict[
     labels = (*batch, *[x for x in left.labels if x not in shared], *[x for x in right.labels if x not in shared])
     if mesh is not None:
         how["out_sharding"] = compat.named(mesh, [spec.get(x) for x in labels])
-    return Labelled(lax.dot_general(left.array, right.array, numbers, **how), labels)
+        return Labelled(lax.dot_general(left.array, right.array, numbers, **how), labels)
+    sizes = dict(zip((*left.labels, *right.labels), (*left.array.shape, *right.array.shape), strict=True))
+    left, right = (_one_free(t, shared) for t in (left, right))
+    numbers = (([left.labels.index(x) for x in gone], [right.labels.index(x) for x in gone]),
+               ([left.labels.index(x) for x in batch], [right.labels.index(x) for x in batch]))
+    y = lax.dot_general(left.array, right.array, numbers, **how)
+    return Labelled(y.reshape([sizes[x] for x in labels]), labels)
+
+
+def _one_free(t: Labelled, shared: list[int]) -> Labelled:
+    """Neighbours among x's own dimensions as one, under the first one's label."""
+    shape, labels, joined = list[int](), list[int](), False
+    for label, n in zip(t.labels, t.array.shape, strict=True):
+        free = label >= FREE and label not in shared
+        if free and joined:
+            shape[-1] *= n
+        else:
+            shape, labels = [*shape, n], [*labels, label]
+        joined = free
+    return Labelled(t.array.reshape(shape), tuple(labels))
 
 
 def _sum_out(t: Labelled, gone: set[int]) -> Labelled:

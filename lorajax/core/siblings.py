@@ -82,8 +82,11 @@ def products(how: Any, x: jax.Array, firsts: Sequence[Sequence[Factor | None]]) 
     each = [(f.astype(x.dtype), order) for found, order in zip(firsts, orders, strict=True) for f in found
             if f is not None]  # fmt: skip
     joined = jnp.concatenate([f.spread((*order, RANK)) for f, order in each], -1)
-    numbers = ((contracted, tuple(range(len(contracted)))), ((), ()))
-    h = lax.dot_general(x, joined, numbers, precision=precision)
+    lead = x.shape[:-1] if contracted == (x.ndim - 1,) else ()
+    rows = x.reshape(-1, x.shape[-1]) if lead else x  # one dimension, as in `lorajax.core.labelled.meet`
+    numbers = (((1,) if lead else contracted, tuple(range(len(contracted)))), ((), ()))
+    h = lax.dot_general(rows, joined, numbers, precision=precision)
+    h = h.reshape(*lead, -1) if lead else h
     ends = [sum(f.size(RANK) for f, _ in each[:i + 1]) for i in range(len(each) - 1)]
     parts, made = iter(jnp.split(h, ends, -1)), []
     for found in firsts:

@@ -73,7 +73,7 @@ class Execution:
         `attention.side_by_side`. Causal mask and window are the kernel's own. Padding, segments of packed rows and
         caches reach it as a 16-bit bias (B, 1, T, S) for each query and key; the probabilities, (B, N, T, S), are never
         formed. Dropout of these needs them, so it takes the plain path. A function of q, k, v and `attend`'s mask,
-        bias, causal, window and scale is called in its place.
+        bias, causal, window and scale is called in its place (`short_attention`, for up to 128 tokens).
     """
 
     dtype: Any = field(default=jnp.float32)
