@@ -146,12 +146,17 @@ def main(argv: list[str]) -> None:
                     compiling(predict, state.trainable, frozen, batches[split].batch(0, first), None)
         widest: Any = None  # the longest batch, whose program needs the most memory
 
-        def sound(state: Any) -> None:
-            # Steps are looked at when something is read anyway, so that the device need not wait for the host.
-            bad = watch.bad()
+        def sound(state: Any, behind: int = 0) -> None:
+            # Looks at the calls of a step since the last time and logs them, but for the newest `behind`: the device is
+            # at work on these meanwhile, and need not wait for the host.
+            fine, bad = watch.look(behind)
+            for call in fine:
+                if (at := call.begun + n) % log_every == 0:
+                    run.log(at, {name: x for name, x in call.last().items() if name != "weight"})
+                    run.log_time(at, {"examples_per_second": bar.examples_per_second})
             if bad is None:
                 return
-            saved.save(bad.begun + int(np.sum(bad.metrics["finite"])), state, best)
+            saved.save(bad.begun + int(np.sum(np.asarray(bad.metrics["finite"]))), state, best)
             raise SystemExit(diagnosis(loss, adapt, state, frozen, bad.batch, bad.metrics, controller,
                                        accumulate=c.accumulate, steps_per_call=n))
 
@@ -160,18 +165,13 @@ def main(argv: list[str]) -> None:
                 state, metrics = step_fn(state, frozen, batch, watch.good)
                 step = begun + n
                 widest = longer(widest, batch)
-                if watch.add(begun, batch, metrics):
-                    sound(state)
+                if watch.add(begun, batch, metrics) or begun % log_every == 0:
+                    sound(state, behind=1)
                 if restart and step % restart.every == 0 and step < total:
                     sound(state)
                     state = anew(state)
                     frozen = restart.rebase(base, state.control)
                 bar.update(n, examples=n * c.batch, loss=metrics["loss"])
-                if step % log_every == 0:
-                    sound(state)
-                    last = jax.tree.map(lambda x: x[-1] if n > 1 else x, metrics)
-                    run.log(step, {name: last[name] for name in sorted(last) if name not in ("finite", "weight")})
-                    run.log_time(step, {"examples_per_second": bar.examples_per_second})
                 improved = False
                 if step % eval_every == 0 or step == total:
                     sound(state)

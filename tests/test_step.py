@@ -439,12 +439,16 @@ def test_calls_behind_one_that_failed_change_nothing_until_it_is_looked_at(n):
         assert not watch.add(call * n, given, metrics)
     same(state, kept)
     assert state.step == n + n - 1
-    bad = watch.bad()
-    assert bad.begun == n and bad.batch is broken and int(np.sum(bad.metrics["finite"])) == n - 1
-    assert watch.bad() is None
+    assert [call.begun for call in watch.look(behind=3)[0]] == [0] and watch.look(behind=3) == ([], None)
+    fine, bad = watch.look(behind=1)
+    assert not fine and bad.begun == n and bad.batch is broken and int(np.sum(bad.metrics["finite"])) == n - 1
+    fine, again = watch.look()
+    assert not fine and again.begun == 3 * n and watch.look() == ([], None)
     watch = Watch(n)
     found = [watch.add(call, batches, {"finite": np.ones((n,) * (n > 1), bool)}) for call in range(HELD)]
-    assert found == [False] * (HELD - 1) + [True] and watch.bad() is None
+    assert found == [False] * (HELD - 1) + [True]
+    fine, bad = watch.look()
+    assert [call.begun for call in fine] == list(range(HELD)) and bad is None
 
 
 def test_adalora_accumulates_like_the_big_batch_on_the_real_core():

@@ -23,6 +23,11 @@ class Call(NamedTuple):
     batch: Any
     metrics: Any
 
+    def last(self) -> dict[str, Any]:
+        """What the last step of the call reported, as NumPy scalars, by name; 'finite' left out."""
+        there = jax.device_get({name: x for name, x in sorted(self.metrics.items()) if name != "finite"})
+        return {name: np.ravel(x)[-1] for name, x in there.items()}
+
 
 class Watch:
     """The calls since the last look. steps_per_call, sharding: of the metrics.
@@ -41,9 +46,12 @@ class Watch:
         self.good = metrics["finite"]
         return len(self._calls) >= HELD
 
-    def bad(self) -> Call | None:
-        """The first call that was not finite since the last look. Waits for the last call."""
-        calls, self._calls = self._calls, []
-        if not calls or np.all(calls[-1].metrics["finite"]):
-            return None
-        return next(call for call in calls if not np.all(call.metrics["finite"]))
+    def look(self, behind: int = 0) -> tuple[list[Call], Call | None]:
+        """(the calls since the last look that were finite, the first that was not). Waits for the last of them, but for
+        the newest `behind`, which are left for the next look: the device has these to do meanwhile."""
+        cut = max(len(self._calls) - behind, 0)
+        calls, self._calls = self._calls[:cut], self._calls[cut:]
+        if not calls or np.all(np.asarray(calls[-1].metrics["finite"])):
+            return calls, None
+        first = next(i for i, call in enumerate(calls) if not np.all(np.asarray(call.metrics["finite"])))
+        return calls[:first], calls[first]
