@@ -187,11 +187,13 @@ def test_whole_fine_tunings_end_with_a_score(tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_bytes(words.read_bytes())
     rows = end_to_end.main([
         "--model", str(tmp_path / "model"), "--data", str(glue_folder(tmp_path / "data", train=60, validation=20)),
-        "--epochs=1", "--json", str(tmp_path / "found.json"), "--config.shapes=1"])  # fmt: skip
+        "--epochs=1", "--json", str(tmp_path / "found.json")])  # fmt: skip
     assert [row["what"] for row in rows] == [
         "lorajax, first run", "HF Trainer + PEFT", "lorajax, again, compiled before"]
     assert [row["PEFT over it"] for row in rows] == [rows[1]["seconds"] / row["seconds"] for row in rows]
     assert all(0 < row["loop s"] < row["seconds"] for row in rows)
+    assert [row["steps"] for row in rows] == [2, 2, 2]  # 60 examples in batches of 32, on both sides
+    assert all(0 < row["start s"] < row["seconds"] and 0 <= row["compiling s"] < row["loop s"] for row in rows[::2])
     assert all(0 <= row["waited %"] < 100 and 0 < row["evaluation %"] < 100 and 0 < row["padding %"] < 100
                for row in (rows[0], rows[2]))  # fmt: skip
     assert all(row["seconds"] > 0 and row["accuracy"] * 20 == pytest.approx(round(row["accuracy"] * 20))
