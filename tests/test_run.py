@@ -346,3 +346,11 @@ def test_on_a_terminal_a_bar():
             progress.update(examples=4, loss=0.25)
     assert "10/10" in stream.getvalue()
     assert "loss 0.25, 4.0 examples/s" in stream.getvalue()
+
+
+def test_a_run_begins_without_what_it_needs_later_or_never():
+    """Seconds before the first step: scores, plots and events are imported when they are asked for."""
+    late = {"torch", "tensorboardX", "sklearn", "scipy", "pandas", "datasets", "pyarrow", "matplotlib", "transformers"}
+    code = f"import sys, experiments.glue; print(sorted({late} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "[]"

@@ -1,5 +1,6 @@
 """GLUE (Wang et al., 2019) from the hub or from a local folder of Parquet files, never one in place of the other."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -62,7 +63,6 @@ def _way_out(name: str) -> str:
 
 
 def _from_folder(spec: Task, root: Path, wanted: dict[str, bool]) -> dict[str, Examples]:
-    import datasets
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     tried = [root / spec.name, root / "glue" / spec.name]
@@ -74,9 +74,8 @@ def _from_folder(spec: Task, root: Path, wanted: dict[str, bool]) -> dict[str, E
     loaded = {}
     for split, required in wanted.items():
         if paths := split_files(folder, split):
-            # The Parquet metadata holds the hub's features; a Dataset around the table writes no cache.
             table = pyarrow.parquet.ParquetDataset([str(path) for path in paths]).read()
-            loaded[split] = _examples(spec, datasets.Dataset(table), f"{folder}, split {split!r}")
+            loaded[split] = _examples(spec, table, f"{folder}, split {split!r}")
         elif required:
             there = sorted(path.name for path in folder.iterdir())
             message = f"task {spec.name!r}: {folder} has no {split}.parquet; it has {', '.join(there) or 'no files'}."
@@ -109,22 +108,25 @@ def _from_hub(spec: Task, hub_id: str, wanted: dict[str, bool]) -> dict[str, Exa
         if required and split not in found:
             there = list(found)
             raise ValueError(f"{where}: there is no split {split!r}, only {', '.join(there)}.{nearest(split, there)}")
-    return {split: _examples(spec, found[split], f"{hub_id}, split {split!r}") for split in wanted if split in found}
+    arrow = {split: found[split].with_format("arrow")[:] for split in wanted if split in found}
+    return {split: _examples(spec, table, f"{hub_id}, split {split!r}") for split, table in arrow.items()}
 
 
-def _examples(spec: Task, dataset: Any, where: str) -> Examples:
-    """Checks the columns against the table of tasks and takes them out."""
-    missing = [column for column in (*spec.text, "label") if column not in dataset.column_names]
+def _examples(spec: Task, table: Any, where: str) -> Examples:
+    """Checks the columns of an Arrow table against the table of tasks and takes them out."""
+    missing = [column for column in (*spec.text, "label") if column not in table.column_names]
     if missing:
         raise ValueError(
-            f"task {spec.name!r}: {where} has columns {dataset.column_names}, not {missing}."
-            f"{nearest(missing[0], dataset.column_names)} The hub's layout is {[*spec.text, 'label', 'idx']}."
+            f"task {spec.name!r}: {where} has columns {table.column_names}, not {missing}."
+            f"{nearest(missing[0], table.column_names)} The hub's layout is {[*spec.text, 'label', 'idx']}."
         )
-    names = getattr(dataset.features["label"], "names", None)
+    # The package `datasets` leaves its features in the schema, in files and in memory.
+    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = features.get("label", {}).get("names")
     if names is not None and tuple(names) != spec.labels:
         raise ValueError(f"task {spec.name!r}: {where} codes its labels as {names}, the hub as {list(spec.labels)}")
-    texts = tuple(list(dataset[column]) for column in spec.text)
-    raw = list(dataset["label"])
+    texts = tuple(table[column].to_pylist() for column in spec.text)
+    raw = table["label"].to_pylist()
     empty = sum(value is None for column in (*texts, raw) for value in column)
     if empty:
         raise ValueError(f"task {spec.name!r}: {where} has {empty} empty cells in {[*spec.text, 'label']}")

@@ -1,4 +1,4 @@
-"""Scores of a task from model outputs, by scikit-learn and scipy.
+"""Scores of a task from model outputs, by scikit-learn and scipy, which are imported when one is asked for.
 
 Constant predictions (or constant labels) have no correlation; Matthews, Pearson and Spearman are then defined as 0, and
 F1 without predicted or true positives as 0. No warning is given.
@@ -7,34 +7,42 @@ F1 without predicted or true positives as 0. No warning is given.
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics as sk
 
 from lorajax.data.tasks import Task
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Share of equal (n,) class codes."""
+    from sklearn import metrics as sk
+
     return float(sk.accuracy_score(labels, predictions))
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """F1 of class 1, as GLUE has it for MRPC and QQP."""
+    from sklearn import metrics as sk
+
     return float(sk.f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0.0))
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation of (n,) class codes."""
+    from sklearn import metrics as sk
+
     return 0.0 if _constant(predictions, labels) else float(sk.matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Pearson correlation of (n,) scores."""
+    from scipy import stats
+
     return 0.0 if _constant(predictions, labels) else float(stats.pearsonr(predictions, labels)[0])
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Spearman rank correlation of (n,) scores, ties at their mean rank."""
+    from scipy import stats
+
     return 0.0 if _constant(predictions, labels) else float(stats.spearmanr(predictions, labels)[0])
 
 

@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
         * ``label``: (B,) int32 or float32;
         * ``weight``: (B,) float32, 1 for an example and 0 for a row that is not `real`.
         """
-        start, lengths = self.offsets[rows], self.lengths[rows]
+        start, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
         column = np.arange(length)
         inside = column < lengths[:, None]
         source = np.where(inside, start[:, None] + column, 0)

@@ -16,13 +16,14 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from lorajax.shard import hosts
 
@@ -70,7 +71,9 @@ class Run:
     ):
         self.folder = Path(folder)
         self._tensorboard = tensorboard and hosts.writes()
-        self._events: SummaryWriter | None = None
+        self._events: Any = None
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._told = deque[Future[None]]()
         self._step = 0
         self._metrics: Any = None
         self._timing: Any = None
@@ -133,8 +136,7 @@ class Run:
                     break
                 end += len(line)
             file.truncate(end)
-        if self._tensorboard:
-            self._writer(purge=step + 1)
+        self._tell(lambda events: None, purge=step + 1)
 
     def log(self, step: int, values: Mapping[str, Any], *, prefix: str = "") -> None:
         """Appends ``{"step": step, prefix + name: value, ...}`` to metrics.jsonl (flushed) and to tensorboard.
@@ -167,12 +169,15 @@ class Run:
             write_json(self.folder / "summary.json", summary)
 
     def close(self) -> None:
-        """Closes the files and lets the next writer in."""
-        if self._events is not None:
-            self._events.close()
-        for file in (self._metrics, self._timing, self._lock):
-            if file is not None:
-                file.close()
+        """Closes the files and lets the next writer in; raises what went wrong with tensorboard's."""
+        try:
+            self._behind.shutdown()
+            for told in self._told:
+                told.result()
+        finally:
+            for file in (self._events, self._metrics, self._timing, self._lock):
+                if file is not None:
+                    file.close()
 
     def __enter__(self) -> Run:
         return self
@@ -180,16 +185,30 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _writer(self, purge: int | None = None) -> SummaryWriter:
-        if self._events is None:
-            self._events = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=f".{os.getpid()}")
-        return self._events
+    def _tell(self, what: Callable[[Any], None], purge: int | None = None) -> None:
+        """`what` of tensorboard's writer, in a thread, in order: to import tensorboardX takes seconds where PyTorch is
+        installed, in which programs compile and train."""
+
+        def told() -> None:
+            if self._events is None:
+                from tensorboardX import SummaryWriter
+
+                self._events = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=f".{os.getpid()}")
+            what(self._events)
+
+        if self._tensorboard:
+            while self._told and self._told[0].done():
+                self._told.popleft().result()
+            self._told.append(self._behind.submit(told))
 
     def _scalars(self, step: int, row: Mapping[str, Any]) -> None:
-        if self._tensorboard:
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    self._writer().add_scalar(name, value, step)
+        scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
+
+        def add(events: Any) -> None:
+            for name, value in scalars.items():
+                events.add_scalar(name, value, step)
+
+        self._tell(add)
 
     def _forget(self) -> None:
         for path in [self.folder / name for name in _OWN] + list(self.folder.glob("events.*")):
