@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 from lorajax.models import Bert, BertConfig, params_from_hf, params_to_hf, stack_layers, unstack_layers
 from lorajax.models.bert import position_ids
+from lorajax.models.checkpoint import fresh_params
 from lorajax.models.norms import LayerNorm
 from lorajax.models.settings import ACTIVATIONS
 
@@ -433,3 +435,14 @@ def test_minilm_ranks_sts_b_as_published(monkeypatch):
         embeddings[batch] = embed(ids, ids != 0)
     first, second = np.split(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), 2)
     assert spearmanr((first * second).sum(1), rows["label"]).statistic == pytest.approx(0.867, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fresh_head_is_its_normal_draw_times_the_spread(dtype):
+    """Bit for bit as operation by operation, though one program makes it."""
+    key, config = jax.random.key(3), BertConfig(num_labels=3, param_dtype=dtype)
+    path = "params/classifier/kernel"
+    drawn = fresh_params(config, {path: jnp.zeros((64, 3)), "params/classifier/bias": jnp.zeros(3)}, key)
+    noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), (64, 3), jnp.float32)
+    np.testing.assert_array_equal(drawn[path], (noise * 0.02).astype(dtype))
+    assert drawn[path].dtype == dtype and not np.any(drawn["params/classifier/bias"])

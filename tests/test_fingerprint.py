@@ -23,7 +23,9 @@ def test_small_leaves_are_hashed_whole_in_path_order():
     assert fingerprint(tree) == "lj1:" + hashlib.sha256(text).hexdigest()[:32]
 
 
-def test_same_content_same_fingerprint_wherever_it_lies():
+@pytest.mark.parametrize("fetched", [0, 1 << 22])  # sampled on its device, or fetched whole
+def test_same_content_same_fingerprint_wherever_it_lies(monkeypatch, fetched):
+    monkeypatch.setattr("lorajax.core.fingerprint.FETCHED", fetched)
     expected = fingerprint(TREE)
     assert fingerprint(jax.tree.map(jnp.asarray, TREE)) == expected
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):

@@ -12,6 +12,9 @@ import numpy as np
 
 SAMPLES = 1024
 """Elements read per leaf; a leaf of at most this many elements is read whole."""
+FETCHED = 1 << 22
+"""A leaf of at most this many elements is sampled on the host: to fetch it takes less than to compile a program that
+samples it on its device, one for each shape."""
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -20,8 +23,8 @@ def fingerprint(tree: Any) -> str:
 
     The sha256 of, for every leaf in order of its path: path ('params/layer_0/...'), shape, dtype, and the bytes of up
     to `SAMPLES` elements, spread over the leaf by multiples of the golden ratio (so no row or column length aliases).
-    The same on every device, host and JAX version; numpy and JAX arrays of equal content agree; device arrays are
-    sampled on their device. None leaves do not count. Cost: a few milliseconds per leaf, whatever its size.
+    The same on every device, host and JAX version; numpy and JAX arrays of equal content agree; large device
+    arrays are sampled on their device. None leaves do not count. Cost: a few milliseconds per leaf, whatever its size.
 
     It tells bases apart and notices a leaf that was trained, cast, quantised or re-initialised. It is not proof against
     a change to a few elements of a large leaf, nor against intent; a per-layer and a stacked tree of one model differ.
@@ -52,7 +55,9 @@ def _sample(leaf: Any) -> bytes:
         flat = list(range(size)) if few else [((k * _GOLDEN) % 2**64 * size) >> 64 for k in range(SAMPLES)]
         index = tuple(axis.astype(np.int32) for axis in np.unravel_index(flat, leaf.shape))
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, jax.sharding.NamedSharding):  # also on an explicit-sharding mesh, and on several hosts
+        if here and size <= FETCHED:
+            elements = np.asarray(leaf)[index]
+        elif isinstance(sharding, jax.sharding.NamedSharding):  # also on an explicit-sharding mesh, on several hosts
             everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
             elements = np.asarray(leaf.at[index].get(out_sharding=everywhere))
         else:

@@ -344,9 +344,15 @@ def _initial(path: str, shape: tuple[int, ...], std: float, dtype: Any, key: jax
     if key is None:
         raise ValueError(f"the checkpoint has no {path!r}: give a `key` to initialise a fresh head")
     if path.endswith("/bias"):
-        return jnp.zeros(shape, dtype)
-    noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, jnp.float32)
-    return (noise * std).astype(dtype)
+        return jnp.asarray(np.zeros(shape, dtype))
+    return _normal(key, np.uint32(zlib.crc32(path.encode())), shape, std, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _normal(key: jax.Array, salt: Any, shape: tuple[int, ...], std: float, dtype: Any) -> jax.Array:
+    """One program. Behind the barrier, or XLA would multiply `std` with a constant of the normal distribution's."""
+    noise = jax.random.normal(jax.random.fold_in(key, salt), shape, jnp.float32)
+    return (jax.lax.optimization_barrier(noise) * std).astype(dtype)
 
 
 def _near(name: str, known: set[str]) -> str | None:
