@@ -25,13 +25,13 @@ from experiments.balance import in_use
 from experiments.neftune import noisy
 from lorajax import build, config, control, data, start
 from lorajax.data.feed import ahead, calls, widths
-from lorajax.io import adapter
+from lorajax.io import adapter, assets
 from lorajax.models import Bert, adapter_names
 from lorajax.shard import hosts
 from lorajax.shard.mesh import MeshError
 from lorajax.train.blame import diagnosis
 from lorajax.train.checkpoint import CheckpointMismatch, Checkpoints
-from lorajax.train.compiled import PRESETS, Ahead, Ready, compile_cache, compiler_flags
+from lorajax.train.compiled import PRESETS, Ahead, Ready, compile_cache, compiler_flags, wake
 from lorajax.train.progress import Progress
 from lorajax.train.remat import TooLarge, fitted
 from lorajax.train.run import EXIT_INTERRUPTED, Run, RunError, run_folder, stop_on_signal
@@ -53,18 +53,19 @@ def main(argv: list[str]) -> None:
     compiler_flags(config.choose("xla", launch.options["xla"], PRESETS))
     compile_cache()
     hosts.start(**{name: launch.options[name] for name in hosts.FLAGS})
+    wake()
 
+    found = build.load_data(c)
+    batches = build.batches(c, build.tokens(c, found, assets.resolve(c.args.model).path))
     # Everything below is a function of the config and of these three keys.
     head_key, adapter_key, train_key = jax.random.split(jax.random.key(c.seed), 3)
-    found = build.load_data(c)
     model = build.load_model(c, found.task, head_key)
     place = model.place
-    batches = build.batches(c, build.tokens(c, found, model.folder))
     share = place.share(c.batch, c.accumulate)  # of each batch, this process' rows
     place.held(c.eval_batch)  # or it says now, not after an epoch, what fits the mesh
     total = build.total_steps(c, len(batches["train"]))
 
-    # What is adapted: decided by rules on the traced model, shown before anything is computed.
+    # What is adapted: decided by rules on the traced model.
     one = batches["train"].batch(0, 0)
     sites = lj.sites(model.net.apply, model.variables, *inputs(one))
     adapt = lj.adapt(sites, build.rules(c, model))
@@ -77,19 +78,25 @@ def main(argv: list[str]) -> None:
         adapt = start.by_importance(c, adapt, model, loss, batches["train"], adapter_key)
     adapt = build.after(c, adapt, model)
     model, rounded = build.quantized(c, adapt, model)
+    # Where the adapters begin is computed in a thread, for that and the step take as long to compile; but data may move
+    # the ranks, and then it comes first.
+    compiling = Ahead()
     if resumed:
-        adapt, trainable, frozen = start.read(c, adapt, model, folder / "start", place)
+        making = compiling.beside(partial(start.read, c, adapt, model, folder / "start", place))
     else:
         plain = make_loss(model.net, found.task, c, training=False)
-        adapt, trainable, frozen = start.make(c, adapt, model, plain, batches["train"], adapter_key, tokens, place,
-                                                    made=rounded)
-    print(adapt.on(model.variables))
+        making = compiling.beside(partial(start.make, c, adapt, model, plain, batches["train"], adapter_key, tokens,
+                                          place, made=rounded))  # fmt: skip
+    if start.reads_data(c, adapt) or place.mesh:
+        adapt = making.result()[0]
+    trainable, frozen = adapt.on(model.variables).shapes
     trained = adapt.count(trainable)
 
     tx = build.optimizer(c, adapt, model, total)
     controller = build.controller(c, adapt, total)
     begin = lambda key, trainable: init_state(key, trainable, tx, controller)  # noqa: E731
-    where = place.state(adapt, jax.eval_shape(begin, train_key, trainable))
+    state = jax.eval_shape(begin, train_key, trainable)
+    where = place.state(adapt, state)
     learn = lambda model: in_use(c, adapt, make_loss(model.net, found.task, c), tokens)  # noqa: E731
     learn(model)  # or it says now what does not fit together
     stepper = partial(make_step, adapt=adapt, tx=tx, controller=controller, clip=c.clip or None,
@@ -102,7 +109,7 @@ def main(argv: list[str]) -> None:
         Run(folder, config.to_dict(c), fingerprints=prints, ignore=FREE, fresh=not launch.options["resume"]) as run,
         Checkpoints(run.checkpoints) as saved,
         stop_on_signal() as stop,
-        Ahead() as compiling,
+        compiling,
     ):
         print(f"{folder}: {len(batches['train'])} steps an epoch, {total} in all, {c.batch} examples each; "
               f"padded lengths {', '.join(map(str, batches['train'].lengths))}, "
@@ -112,6 +119,26 @@ def main(argv: list[str]) -> None:
         if run.finished:
             print(f"finished already: {(folder / 'summary.json').read_text()}")
             return
+        n, epoch, step = c.steps_per_call, len(batches["train"]), saved.latest() or 0
+        made = calls(batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n)
+        watch, loss = Watch(n, place.whole), learn(model)
+        step_fn = Ready(stepper(loss))
+
+        def programs() -> None:
+            # XLA compiles in threads: what the first call does not need is ready, or nearly, when it is asked for.
+            for first in widths(batches["train"], range(step, min(step + 2 * epoch, total), n), n).values():
+                compiling(step_fn, state, frozen, made(first), watch.good)
+            for split in batches.keys() - {"train"}:
+                for first in widths(batches[split], range(len(batches[split]))).values():
+                    compiling(predict, state.trainable, frozen, batches[split].batch(0, first), None)
+
+        if place.mesh is None and c.remat != "auto":
+            programs()  # of the shapes of arrays that are still to come
+        print(adapt.on(model.variables), flush=True)
+        labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
+        baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
+
+        _, trainable, frozen = making.result()
         if not resumed and (adapt.kept(frozen) or start.reads_data(c, adapt)):
             save(folder / "start", adapt, trainable, frozen, base=model.fingerprint)
         state = jax.jit(begin, out_shardings=where)(train_key, trainable)
@@ -127,23 +154,16 @@ def main(argv: list[str]) -> None:
 
         # The loop. A checkpoint is written after the evaluation of its step, and metrics before the checkpoint, so that
         # a run killed anywhere goes on from its last checkpoint as if nothing had happened.
-        n, epoch = c.steps_per_call, len(batches["train"])
         eval_every, save_every = (build.every(p, epoch, n) for p in (c.eval_every, c.save_every))
         log_every = build.every(c.log_every, epoch, n)
-        made = calls(batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n)
         lead, rows = (n > 1) + (c.accumulate > 1), c.batch // c.accumulate
-        watch = Watch(n, place.whole)
-        fit = lambda: (state, frozen, place.batch(made(batches["train"].longest), lead, rows), watch.good)  # noqa: E731
-        model = fitted(c.remat, c.memory, model, lambda model: stepper(learn(model)), fit)
-        loss = learn(model)
-        step_fn = Ready(stepper(loss))
-        if place.mesh is None:
-            # XLA compiles in threads: what the first call does not need is ready, or nearly, when it is asked for.
-            for first in widths(batches["train"], range(step, min(step + 2 * epoch, total), n), n).values():
-                compiling(step_fn, state, frozen, place.batch(made(first), lead, rows), watch.good)
-            for split in batches.keys() - {"train"}:
-                for first in widths(batches[split], range(len(batches[split]))).values():
-                    compiling(predict, state.trainable, frozen, batches[split].batch(0, first), None)
+        if c.remat == "auto":
+            fit = lambda: (state, frozen, place.batch(made(batches["train"].longest), lead, rows), watch.good)  # noqa: E731
+            model = fitted(c.remat, c.memory, model, lambda model: stepper(learn(model)), fit)
+            loss = learn(model)
+            step_fn = Ready(stepper(loss))
+            if place.mesh is None:
+                programs()
         widest: Any = None  # the longest batch, whose program needs the most memory
 
         def sound(state: Any, behind: int = 0) -> None:
@@ -160,6 +180,7 @@ def main(argv: list[str]) -> None:
             raise SystemExit(diagnosis(loss, adapt, state, frozen, bad.batch, bad.metrics, controller,
                                        accumulate=c.accumulate, steps_per_call=n))
 
+        before = time.monotonic() - began
         with Progress(total, done=step, stream=None if hosts.writes() else sys.stdout) as bar:
             for begun, batch in bar.fed(ahead(lambda step: place.batch(made(step), lead, rows), range(step, total, n))):
                 state, metrics = step_fn(state, frozen, batch, watch.good)
@@ -200,14 +221,13 @@ def main(argv: list[str]) -> None:
         left, arrays, rest = control.exported(controller, adapt, model.variables, state.trainable, base, state.control)
         save(folder / "adapter", left, arrays, rest, base=model.fingerprint, names=adapter_names(model.net.config),
              task_type="SEQ_CLS")
-        labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
-        baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
         if c.probe:
             baselines["head on the frozen encoder"] = probe(model, found, batches)
         seconds = time.monotonic() - began
         report(c, found.task, baselines, best, trained, seconds)
         told = {"seconds": round(seconds, 1), "examples_per_second": round(bar.examples_per_second, 1),
-                "memory": memory, "padding": round(batches["train"].padding(), 4), "time": aside(bar)}
+                "memory": memory, "padding": round(batches["train"].padding(), 4),
+                "time": aside(bar) | {"start": round(before, 2), "compiling": round(step_fn.waited, 2)}}
         extra = controller.report(state.control)
         run.finish(summary(launch, found.task, best, total, baselines, trained, extra) | told)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from lorajax.io.assets import cache_folder
 from lorajax.train.footprint import bytes_of, step_bytes
+
+T = TypeVar("T")
 
 PRESETS = {"none": "", "quick": "--xla_gpu_enable_triton_gemm=false"}
 """Flags of XLA by name. quick: matrix products by cuBLAS alone, on a GPU; nothing is tuned, so programs compile in less
@@ -30,16 +34,29 @@ def compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def wake() -> None:
+    """Begins to use the devices, in a thread: on a GPU this takes seconds, in which data can be read."""
+    threading.Thread(target=lambda: jax.device_put(0), name="wake").start()
+
+
 class Ready:
-    """A jitted function, and those of its programs that are compiled before they are asked for."""
+    """A jitted function, and those of its programs that are compiled before they are asked for. waited: seconds that
+    calls have waited for these."""
 
     def __init__(self, jitted: Any):
         self.jitted = jitted
         self.made: dict[Any, Future[Any]] = {}
+        self.waited = 0.0
 
     def __call__(self, *args: Any) -> Any:
         made = self.made.get(_shapes(args))
-        return self.jitted(*args) if made is None else made.result()(*args)
+        if made is None:
+            return self.jitted(*args)
+        if not made.done():
+            began = time.monotonic()
+            made.exception()  # waits
+            self.waited += time.monotonic() - began
+        return made.result()(*args)
 
     def ahead(self, pool: ThreadPoolExecutor, tracing: threading.Lock, *args: Any) -> Future[Any]:
         """Compiles for arguments of these shapes (arrays, or `jax.ShapeDtypeStruct`s) in a thread of `pool`; a call
@@ -72,6 +89,10 @@ class Ahead:
 
     def __call__(self, ready: Ready, *args: Any) -> Future[Any]:
         return ready.ahead(self._pool, self._tracing, *args)
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """`work` in one of the threads, for what compiles programs of its own."""
+        return self._pool.submit(work)
 
     def __enter__(self) -> Ahead:
         return self
