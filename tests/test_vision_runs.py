@@ -187,7 +187,7 @@ def test_a_vision_transformer_resumes_bit_for_bit(files, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as left:
         vision.main(words(files, tmp_path / "cut", "vit", *args))
     assert left.value.code == 75
-    assert "SIGTERM: saved at step 3 of 6" in capsys.readouterr().out
+    assert "SIGTERM: saved at step 4 of 6" in capsys.readouterr().out
     monkeypatch.setattr(Run, "log", log)
     vision.main(words(files, tmp_path / "cut", "vit", *args))
     one, two = (folder(tmp_path / name) for name in ("whole", "cut"))
