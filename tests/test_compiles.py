@@ -47,7 +47,8 @@ def test_a_whole_run_compiles_a_program_for_each_length(files, tmp_path, method,
     ranks) and nothing again, for two epochs, evaluations, checkpoints, the best state taken back, the summary."""
     with Compiled() as seen:
         glue.main(words(files, tmp_path, method, ",rank=2,targets=qv", "--config.shapes=2", "--config.probe=false",
-                        "--config.eval_batch=8", "--config.eval_every=8", "--config.save_every=3", f"--config.steps_per_call={n}"))  # fmt: skip
+                        "--config.eval_batch=8", "--config.eval_every=8", "--config.save_every=3",
+                        f"--config.steps_per_call={n}"))  # fmt: skip
     step = "jit(many)" if n > 1 else "jit(one)"
     assert len([row for row in rows(tmp_path) if "eval/accuracy" in row]) == 2
     assert seen.names[step] == 2, seen.names
@@ -55,7 +56,7 @@ def test_a_whole_run_compiles_a_program_for_each_length(files, tmp_path, method,
     assert seen.threads[step, "compile"] == seen.threads["jit(evaluate)", "compile"] == 2, seen.threads
     rest = {name: count for name, count in seen.names.items() if name not in (step, "jit(evaluate)")}
     assert rest["jit(init)"] == 1 and max(rest.values()) <= 2, seen.names  # single operations
-    # None for the fingerprint, for whether steps were finite, for what is logged of a call (of DyLoRA's ranks some are).
+    # None for the fingerprint, for whether steps were finite, for what is logged of a call (some of DyLoRA's ranks).
     single = {"jit(gather)", "jit(_reduce_all)", *(() if views else ("jit(dynamic_slice)", "jit(squeeze)"))}
     assert rest.keys().isdisjoint(single), rest
     assert seen.threads["jit(init)", "compile"] == 1, seen.threads  # beside the step, and before the loop
