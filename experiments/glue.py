@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
         def programs() -> None:
             # XLA compiles in threads: what the first call does not need is ready, or nearly, when it is asked for.
             for first in widths(batches["train"], range(step, min(step + 2 * epoch, total), n), n).values():
-                compiling(step_fn, state, frozen, made(first), watch.good)
+                compiling(step_fn, state, frozen, made(first), watch.good, here=first == step)
             for split in batches.keys() - {"train"}:
                 for first in widths(batches[split], range(len(batches[split]))).values():
                     compiling(predict, state.trainable, frozen, batches[split].batch(0, first), None)

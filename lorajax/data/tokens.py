@@ -112,11 +112,14 @@ def tokenize(examples: Examples, tokenizer: Tokenizer, max_length: int = 128) ->
     inputs = list(zip(*examples.texts, strict=True)) if pair else examples.texts[0]
     ids, types, lengths, truncated = [], [], [], 0
     for start in range(0, len(inputs), _CHUNK):
+        chunk: tuple[list[int], list[int]] = ([], [])
         for encoding in tokenizer.encode_batch_fast(inputs[start : start + _CHUNK]):
-            ids.append(np.asarray(encoding.ids, np.int32))
-            types.append(np.asarray(encoding.type_ids, np.int32))
-            lengths.append(len(ids[-1]))
+            chunk[0].extend(found := encoding.ids)
+            chunk[1].extend(encoding.type_ids)
+            lengths.append(len(found))
             truncated += bool(encoding.overflowing)
+        ids.append(np.array(chunk[0], np.int32))
+        types.append(np.array(chunk[1], np.int32))
     none = np.zeros(0, np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     return Tokens(

@@ -58,19 +58,18 @@ class Ready:
             self.waited += time.monotonic() - began
         return made.result()(*args)
 
-    def ahead(self, pool: ThreadPoolExecutor, tracing: threading.Lock, *args: Any) -> Future[Any]:
+    def ahead(self, pool: ThreadPoolExecutor, tracing: threading.Lock, *args: Any, here: bool = False) -> Future[Any]:
         """Compiles for arguments of these shapes (arrays, or `jax.ShapeDtypeStruct`s) in a thread of `pool`; a call
         that needs the program waits for it. tracing: held while Python traces, one function at a time; XLA compiles
-        several."""
+        several. here: traces before it returns, so that nothing else takes Python's time from it."""
         key, shapes = _shapes(args), jax.tree.map(_abstract, args)  # arrays may be donated before the thread begins
 
-        def compiled() -> Any:
+        def lowered() -> Any:
             with tracing:
-                lowered = self.jitted.lower(*shapes)
-            return lowered.compile()
+                return self.jitted.lower(*shapes)
 
         if key not in self.made:
-            self.made[key] = pool.submit(compiled)
+            self.made[key] = pool.submit(lowered().compile if here else lambda: lowered().compile())
         return self.made[key]
 
     def bytes(self, *args: Any) -> int:
@@ -87,8 +86,8 @@ class Ahead:
         self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="compile")
         self._tracing = threading.Lock()
 
-    def __call__(self, ready: Ready, *args: Any) -> Future[Any]:
-        return ready.ahead(self._pool, self._tracing, *args)
+    def __call__(self, ready: Ready, *args: Any, here: bool = False) -> Future[Any]:
+        return ready.ahead(self._pool, self._tracing, *args, here=here)
 
     def beside(self, work: Callable[[], T]) -> Future[T]:
         """`work` in one of the threads, for what compiles programs of its own."""
