@@ -18,10 +18,11 @@ from lorajax.io import adapter as files
 from lorajax.variants import INITIALIZERS, DeLoRA, DoRA, KaSA, LoRA, MiCA
 from lorajax.variants.corda import CorDA, Covariance
 from lorajax.variants.eva import EVA, Spectrum, redistribute
-from lorajax.variants.initializer import Initializer, MeanGradient
+from lorajax.variants.initializer import Initializer, MeanGradient, svd
 from lorajax.variants.lora_ga import LoRAGA
 from lorajax.variants.lora_one import LoRAOne
 from lorajax.variants.milora import MiLoRA
+from lorajax.variants.olora import OLoRA
 from lorajax.variants.pissa import PiSSA
 from lorajax.variants.plain import plain_lora
 
@@ -113,6 +114,19 @@ def test_olora_projects_the_outputs_on_the_first_rows() -> None:
         a, b, _, _ = start("olora", alpha=alpha)
         np.testing.assert_allclose(a @ b, W @ projector, atol=2e-6)
         np.testing.assert_allclose(b @ b.T, np.eye(R), atol=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [0, 4])
+def test_the_sign_of_a_singular_vector_is_that_of_its_largest_entry(iterations: int) -> None:
+    def peaks(columns: Any) -> np.ndarray:
+        return np.float64(columns)[np.argmax(np.abs(columns), 0), np.arange(columns.shape[1])]
+
+    for w in (W, -W, W[::-1]):
+        u, values, vt = svd(jax.random.key(1), jnp.float32(w), OUT, iterations)
+        assert (peaks(u) > 0).all()
+        np.testing.assert_allclose(u * values[None, :] @ vt, w, atol=2e-6)
+        if not iterations:
+            assert (peaks(OLoRA().start(jax.random.key(1), jnp.float32(w), R, 1.0, None)[1].T) > 0).all()
 
 
 def test_both_is_uniform_within_its_bound() -> None:

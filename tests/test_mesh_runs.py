@@ -87,6 +87,12 @@ def test_the_main_experiment_on_all_axes_at_once(files: Any, tmp_path: Path, cap
         run(files, tmp_path / "three", "adalora", {"data": 3})
 
 
+def test_a_start_along_singular_vectors_has_the_signs_of_one_device(files: Any, tmp_path: Path) -> None:
+    """LoRA-GA's A and B belong to different triplets, so that a sign changes what is learned."""
+    one = run(files, tmp_path / "one", "lora_ga", {})
+    same(one, run(files, tmp_path / "spread", "lora_ga", MESHES["fsdp 2 x tensor 2 x data 2"]))
+
+
 def test_a_rule_that_takes_nothing_is_an_error_on_one_device_too(files: Any, tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("from configs.lora import get_config as lora\n\ndef get_config(arg=None):\n    c = lora(arg)\n"

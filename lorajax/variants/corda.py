@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lorajax.core.variant import Seen, Statistic
-from lorajax.variants.initializer import Initializer, split
+from lorajax.variants.initializer import Initializer, split, svd
 
 MODES = ("ipm", "kpm")
 ENOUGH = 0.05  # of the inverse: ||C C^-1 - I||_F
@@ -48,7 +48,7 @@ class CorDA(Initializer):
     def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
         """A and B by `mode`, with the C of `stats`."""
         c, inverse = damped(stats.total / jnp.maximum(stats.batches, 1.0))
-        v, values, ut = jnp.linalg.svd(c @ w, full_matrices=False)
+        v, values, ut = svd(key, c @ w, min(w.shape), 0)
         first = 0 if self.mode == "ipm" else values.shape[0] - rank
         part = slice(first, first + rank)
         return split(inverse @ v[:, part], values[part], ut[part], s)

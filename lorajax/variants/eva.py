@@ -13,7 +13,7 @@ import numpy as np
 
 from lorajax.core.adapt import Adapt
 from lorajax.core.variant import Seen, Statistic, Variant
-from lorajax.variants.initializer import Initializer
+from lorajax.variants.initializer import Initializer, peaks
 
 
 class Spectrum(NamedTuple):
@@ -71,8 +71,7 @@ class EVA(Initializer):
         values, vectors = jnp.linalg.eigh((v * jnp.square(state.values)[None, :]) @ v.T + gram)
         k = state.values.shape[0]
         values, vectors = jnp.sqrt(jnp.maximum(values[::-1][:k], 0.0)), vectors[:, ::-1][:, :k]
-        peak = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=0, keepdims=True), axis=0)
-        vectors = vectors * jnp.where(peak < 0, -1.0, 1.0)
+        vectors = vectors * peaks(vectors)[None, :]
         same = jnp.all(jnp.abs(jnp.sum(v * vectors, axis=0)) >= self.tau)  # all zero before the first batch
         mean = (state.rows * state.mean + seen.total) / jnp.maximum(both, 1.0)
         return Spectrum(vectors, values, state.scatter + jnp.trace(gram), mean, both, same, state.keep)

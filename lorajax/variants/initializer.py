@@ -139,20 +139,34 @@ def quantization(rank: int) -> Statistic:
 
 
 def svd(key: jax.Array, w: jax.Array, q: int, iterations: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first q singular triplets of `w` (in, out): (in, q), (q,) descending, (q, out).
+    """The first q singular triplets of `w` (in, out): (in, q), (q,) descending, (q, out), with the signs of `signed`.
 
     iterations: 0 for the exact decomposition; n for a randomised one with n power iterations from a Gaussian (out, q)
     drawn from `key` (Halko et al., arXiv 0909.4061, algorithms 4.4 and 5.1), which is torch's ``svd_lowrank``.
     """
     if not iterations:
         u, values, vt = jnp.linalg.svd(w, full_matrices=False)
-        return u[:, :q], values[:q], vt[:q]
+        return signed(u[:, :q], values[:q], vt[:q])
     basis, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], q)))
     for _ in range(iterations):
         back, _ = jnp.linalg.qr(w.T @ basis)
         basis, _ = jnp.linalg.qr(w @ back)
     u, values, vt = jnp.linalg.svd(basis.T @ w, full_matrices=False)
-    return basis @ u, values, vt
+    return signed(basis @ u, values, vt)
+
+
+def signed(u: jax.Array, values: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same triplets, each with the largest entry of its left vector positive (as scikit-learn's `svd_flip`): what a
+    decomposition leaves open, and would otherwise settle by the last bit of what it is given. A start that takes the
+    vectors of different triplets (LoRA-GA, LoRA-XS) trains by them."""
+    sign = peaks(u)
+    return u * sign[None, :], values, sign[:, None] * vt
+
+
+def peaks(columns: jax.Array) -> jax.Array:
+    """The sign of the entry of largest magnitude in each column: (columns,), 1 or -1."""
+    at = jnp.argmax(jnp.abs(columns), axis=0, keepdims=True)
+    return jnp.where(jnp.take_along_axis(columns, at, axis=0)[0] < 0, -1.0, 1.0)
 
 
 def split(u: jax.Array, values: jax.Array, vt: jax.Array, s: Any) -> tuple[jax.Array, jax.Array]:

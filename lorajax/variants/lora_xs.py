@@ -34,7 +34,7 @@ class LoRAXS(Variant):
     takes 10. Its random draw has a fixed seed, not the run's key.
     dropout: probability of dropping an input element on the branch through A, in training only.
 
-    A and B are saved with the adapter: a decomposition repeated elsewhere may differ in its signs.
+    A and B are saved with the adapter: a decomposition repeated elsewhere may be rounded differently.
     """
 
     rank: int = 16

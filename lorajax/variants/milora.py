@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorajax.variants.initializer import Initializer, split
+from lorajax.variants.initializer import Initializer, split, svd
 
 PARTS = ("min", "mid", "max", "random")
 
@@ -28,7 +28,7 @@ class MiLoRA(Initializer):
 
     def start(self, key: jax.Array, w: jax.Array, rank: int, s: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
         """A and B of `rank` singular values, by `part`."""
-        u, values, vt = jnp.linalg.svd(w, full_matrices=False)
+        u, values, vt = svd(key, w, min(w.shape), 0)
         k = values.shape[0]
         first = {"min": k - rank, "mid": (k - rank) // 2, "max": 0}.get(self.part, 0)
         chosen = first + jnp.arange(rank)
