@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lorajax.optim.offload as offload
 from lorajax.optim import NAMES, eight_bit, offloaded
@@ -33,7 +35,7 @@ def run(tx: Any, start: Any, grads: list[np.ndarray]) -> tuple[Any, Any]:
 
     state = tx.init(start)
     for g in grads:
-        start, state = step(start, state, {"w": g, "small": g[:1, :8]})
+        start, state = step(start, state, {"w": g, "small": np.asarray(g)[:1, :8]})
     return start, state
 
 
@@ -120,3 +122,19 @@ def test_bitsandbytes_adam() -> None:
     plain, _ = run(optax.adam(1e-2), start, grads)
     difference = np.abs(ours["w"] - p.detach().numpy()).mean()
     assert difference < 0.25 * np.abs(ours["w"] - plain["w"]).mean()
+
+
+@pytest.mark.parametrize("spec", [P("data", "model"), P(None, ("data", "model"))], ids=str)
+def test_on_a_mesh_with_explicit_axes(spec: P) -> None:
+    """The codes lie where the array lies, and are those of one device, whatever blocks the mesh cuts."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    start, grads = {"w": jnp.ones((16, 104)), "small": jnp.ones((1, 8))}, gradients((16, 104), 3)
+    tx = eight_bit(optax.adam(1e-2), block=256, smallest=1000)
+    want, state = run(tx, start, grads)
+    with jax.set_mesh(mesh):
+        at = NamedSharding(mesh, spec)
+        spread = {"w": jax.device_put(start["w"], at), "small": start["small"]}
+        got, held = run(tx, spread, [jax.device_put(g, at) for g in grads])
+    assert held[0].mu["w"].codes.sharding.spec == spec
+    for one, two in zip(jax.tree.leaves((got, held)), jax.tree.leaves((want, state)), strict=True):
+        np.testing.assert_allclose(np.float32(one), np.float32(two), rtol=1e-6, atol=1e-7)

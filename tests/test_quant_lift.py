@@ -205,7 +205,8 @@ def test_on_a_mesh_with_explicit_axes(form: Any) -> None:
     ids = jnp.arange(8)
     sites = lj.sites(model, p, ids)
     adapt = lj.adapt(sites, [(".*", DoRA(lj.LoRA(rank=2)))])
-    trainable, frozen = adapt.init(jax.random.key(0), quant.plan(sites, [(".*", form)]).quantize(p))
+    plan = quant.plan(sites, [(".*", form)])
+    trainable, frozen = adapt.init(jax.random.key(0), plan.quantize(p))
     trainable = jax.tree.map(lambda x: x + jnp.float32(0.1 * draw.normal(size=x.shape)), trainable)
 
     def run(trainable: Any, frozen: Any, ids: Any, at: Any = None) -> Any:
@@ -215,6 +216,12 @@ def test_on_a_mesh_with_explicit_axes(form: Any) -> None:
     want = run(trainable, frozen, ids)
     with jax.set_mesh(mesh):
         base = {path: jax.device_put(w, w.shardings(mesh, specs[path])) for path, w in frozen.base.items()}
+        for path, whole in p.items():  # quantised where it lies, it is the same
+            there = quant.quantize(jax.device_put(whole, NamedSharding(mesh, specs[path])), *plan.rows[path])
+            assert there.codes.sharding == base[path].codes.sharding
+            assert jax.tree.all(jax.tree.map(np.array_equal, there, base[path]))
+        with pytest.raises(ValueError, match="cut inside a block of 32: shard another dimension"):
+            quant.quantize(jax.device_put(p["up"], NamedSharding(mesh, PartitionSpec(("data", "model")))), form)
         rest, ids = frozen._replace(base={}), jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
         trainable, rest = jax.device_put((trainable, rest), NamedSharding(mesh, PartitionSpec()))
         got = run(trainable, rest._replace(base=base), ids, rows)

@@ -6,7 +6,7 @@ Everything else in lorajax uses documented JAX functions. Used here: `jax.extend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -118,6 +118,17 @@ def explicit_mesh(*arrays: Any) -> jax.sharding.AbstractMesh | None:
 def within(mesh: Any) -> Any:
     """A context in which `mesh` is that of the program; none where it is None."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)
+
+
+def automatic(fn: Callable[..., Any], places: Any, *arrays: Any) -> Any:
+    """``fn(*arrays)``; on a mesh with explicit axes XLA places what is inside, and `places`, a tree of PartitionSpecs,
+    says where the result lies. For what regroups dimensions, whose sharding has no name then."""
+    mesh = explicit_mesh(*arrays)
+    if mesh is None:
+        return fn(*arrays)
+    at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), places, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    with within(mesh):
+        return jax.sharding.auto_axes(fn, out_sharding=at)(*arrays)
 
 
 def varying(array: Any) -> frozenset[str]:

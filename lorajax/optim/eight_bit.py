@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
+from lorajax.core import compat
 from lorajax.quant import dynamic
 
 SIGNED: Mapping[str, bool] = {"mu": True, "nu": False, "trace": True}
@@ -39,8 +41,12 @@ def eight_bit(tx: optax.GradientTransformation, block: int = 256,
             signed = field_of(path)
             if signed is None or x.size < smallest or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
-            codes, scales = dynamic.encode(x.reshape(-1).astype(jnp.float32), block, signed)
-            return Eight(codes.reshape(x.shape), scales)
+
+            def encode(x: jax.Array) -> Eight:
+                codes, scales = dynamic.encode(x.reshape(-1).astype(jnp.float32), block, signed)
+                return Eight(codes.reshape(x.shape), scales)
+
+            return compat.automatic(encode, Eight(compat.place(x), PartitionSpec()), x)
 
         return jax.tree_util.tree_map_with_path(one, state)
 
@@ -48,7 +54,11 @@ def eight_bit(tx: optax.GradientTransformation, block: int = 256,
         def one(path: Any, x: Any) -> Any:
             if not isinstance(x, Eight):
                 return x
-            return dynamic.decode(x.codes.reshape(-1), x.scales, block, bool(field_of(path))).reshape(x.codes.shape)
+
+            def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
+                return dynamic.decode(codes.reshape(-1), scales, block, bool(field_of(path))).reshape(codes.shape)
+
+            return compat.automatic(decode, compat.place(x.codes), *x)
 
         return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: isinstance(x, Eight))
 

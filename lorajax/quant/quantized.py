@@ -254,11 +254,18 @@ def quantize(w: Any, form: Format, order: Sequence[int] | None = None, run: int 
     if not isinstance(w, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(w))):
         raise ValueError(f"a weight of shape {w.shape} has {int(jnp.sum(~jnp.isfinite(w)))} numbers that are not "
                          f"finite, which have no code: load the checkpoint again, or leave this weight out")
-    codes, scales = _encode(form, w, order, (*sizes[:w.ndim - run], n), stack)
-    if not isinstance(w, jax.core.Tracer) and not all(bool(jnp.all(jnp.isfinite(x))) for x in scales):
+
+    def pack(w: Any) -> Quantized:
+        codes, scales = _encode(form, w, order, (*sizes[:w.ndim - run], n), stack)
+        return Quantized(codes, scales, form, order, tuple(sizes[w.ndim - run + 1:]), jnp.dtype(w.dtype))
+
+    mesh = compat.explicit_mesh(w)
+    shapes = None if mesh is None else jax.eval_shape(pack, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    made = compat.automatic(pack, shapes and shapes.specs(compat.place(w), mesh.shape), w)
+    if not isinstance(w, jax.core.Tracer) and not all(bool(jnp.all(jnp.isfinite(x))) for x in made.scales):
         raise ValueError(f"a weight of shape {w.shape} reaches {float(jnp.max(jnp.abs(w))):.2g}, for which "
                          f"{describe(form)} has no scale: take another format, or leave this weight out")
-    return Quantized(codes, scales, form, order, tuple(sizes[w.ndim - run + 1:]), jnp.dtype(w.dtype))
+    return made
 
 
 def _encoded(form: Format, w: jax.Array, order: tuple[int, ...], shape: tuple[int, ...], stack: int) -> Any:
