@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorajax.core import compat
 from lorajax.core.bound import Bound, Gate, Term, dense, is_bound
 from lorajax.core.dropping import dropping, kept
 from lorajax.core.layout import aligned, leaf, matrix, nameless, over_stack
@@ -348,8 +349,11 @@ _shared_term = jax.jit(_term, static_argnums=(0, 1))
 
 def _delta(variant: Variant, site: Site, adapter: Any, w: jax.Array, shared: dict[str, jax.Array]) -> jax.Array:
     """(stack..., in, out): the update of a variant that has no factors."""
-    one = over_stack(site, lambda adapter, m: variant.delta(adapter._replace(**shared), m))
-    return one(adapter, matrix(site, w).astype(jnp.float32))
+    def run(adapter: Any, shared: Any, m: jax.Array) -> jax.Array:
+        return over_stack(site, lambda adapter, m: variant.delta(adapter._replace(**shared), m))(adapter, m)
+
+    m = matrix(site, w).astype(jnp.float32)
+    return compat.automatic(run, compat.place(m), adapter, shared, m)
 
 
 def _for(variant: Variant, jitted: Any) -> Any:

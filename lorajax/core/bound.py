@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorajax.core import compat
 from lorajax.core.packed import unpacked
 
 RANK = -1
@@ -54,7 +55,7 @@ class Factor:
         if self.at is None:
             raise ValueError("a bank holds many adapters, and nothing says which one a row reads: run it by "
                              "lorajax.mixed(fn)(bank, index, ...)")
-        return jnp.take(array, self.at, axis=self.many.axis, mode="fill", fill_value=self.many.fill)
+        return compat.pick(array, self.at, self.many.axis, fill_value=self.many.fill)
 
     def tree_flatten(self):
         return (self.stored, self.at), (self.dims, self.shape, self.many)

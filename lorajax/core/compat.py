@@ -121,14 +121,42 @@ def within(mesh: Any) -> Any:
 
 
 def automatic(fn: Callable[..., Any], places: Any, *arrays: Any) -> Any:
-    """``fn(*arrays)``; on a mesh with explicit axes XLA places what is inside, and `places`, a tree of PartitionSpecs,
-    says where the result lies. For what regroups dimensions, whose sharding has no name then."""
-    mesh = explicit_mesh(*arrays)
+    """``fn(*arrays)``, of trees; on a mesh with explicit axes XLA places what is inside, and `places`, a tree of
+    PartitionSpecs, says where the result lies. For what regroups dimensions, whose sharding has no name then."""
+    mesh = explicit_mesh(*jax.tree.leaves(arrays))
     if mesh is None:
         return fn(*arrays)
     at = jax.tree.map(lambda spec: NamedSharding(mesh, spec), places, is_leaf=lambda x: isinstance(x, PartitionSpec))
     with within(mesh):
         return jax.sharding.auto_axes(fn, out_sharding=at)(*arrays)
+
+
+def whole(tree: Any) -> Any:
+    """Arrays that live on a mesh with explicit axes, on every device, as decompositions take them; others as they
+    are."""
+    def one(x: Any) -> Any:
+        mesh = explicit_mesh(x)
+        return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(one, tree)
+
+
+def pick(array: jax.Array, index: jax.Array, axis: int, fill_value: Any) -> jax.Array:
+    """array[index] along an axis, `fill_value` where that is out of range. What is left of the array lies as before."""
+    mesh = explicit_mesh(array, index)
+    if mesh is None:
+        return jnp.take(array, index, axis=axis, mode="fill", fill_value=fill_value)
+    entries = list(place(array))
+    del entries[axis]
+    at = (*[slice(None)] * axis, index)
+    return array.at[at].get(mode="fill", fill_value=fill_value, out_sharding=named(mesh, entries))
+
+
+def beside(like: Any, axis: int, tree: Any) -> Any:
+    """Arrays whose dimension 0 is `axis` of `like`, where that lies, if it is on a mesh with explicit axes."""
+    mesh = explicit_mesh(like)
+    at = None if mesh is None else NamedSharding(mesh, PartitionSpec(place(like)[axis]))
+    return tree if at is None else jax.tree.map(lambda x: jax.sharding.reshard(x, at), tree)
 
 
 def varying(array: Any) -> frozenset[str]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorajax.core import compat
 from lorajax.core.bank import Whole, count, is_leaf
 from lorajax.core.bound import Bound, Factor, Term, is_bound
 from lorajax.core.lift import lift
@@ -74,7 +75,10 @@ def mixed(fn: Callable[..., Any], *, strict: bool = False, in_axes: Any = 0, out
 
         rows = [(x, axis) for x, axis, on in zip(given, axes, mapped, strict=True) if on]
         over = jax.vmap(row, (0, None if spans is None else 0, 0, *[axis for _, axis in rows]), out_axes)
-        return over(at, spans, jnp.arange(index.shape[0]), *[x for x, _ in rows])
+        own = (at, spans, jnp.arange(index.shape[0]))
+        for x, axis in rows[:1]:
+            own = compat.beside(x, axis, own)
+        return over(*own, *[x for x, _ in rows])
 
     del call.__wrapped__  # its arguments are one more than fn's: `jax.jit` counts them
     return call
@@ -101,7 +105,7 @@ def _picked(leaf: Any, at: jax.Array, span: Any, number: jax.Array, k: int) -> A
         if span is not None:
             raise ValueError("the adapters train a leaf in full, and spans give a row several adapters: leave the leaf "
                              "out of the rules, or give rows one adapter each")
-        return jnp.where(at < k, jnp.take(leaf.each, at, axis=0, mode="clip"), leaf.base.astype(leaf.each.dtype))
+        return jnp.where(at < k, compat.pick(leaf.each, at, 0, fill_value=0), leaf.base.astype(leaf.each.dtype))
     if not is_bound(leaf):
         return leaf
     if span is None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorajax.core import compat
 from lorajax.core.variant import Factors, Leaf, Variant
 from lorajax.variants.adalora import distance_to_identity
 from lorajax.variants.kaiming import kaiming
@@ -55,7 +56,7 @@ class KaSA(Variant):
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[KaSAAdapter, jax.Array]:
         """Returns (A, d, B = 0, A0, B0), and `w` itself."""
         r, key_a, key_d = self.rank, *jax.random.split(key)
-        u, singular, v = jnp.linalg.svd(w, full_matrices=False)
+        u, singular, v = jnp.linalg.svd(compat.whole(w), full_matrices=False)
         a, b = kaiming(key_a, (w.shape[0], r), w.shape[0]), jnp.zeros((r, w.shape[1]))
         return KaSAAdapter(a, jax.random.normal(key_d, (r,)), b, u[:, -r:] * singular[None, -r:], v[-r:]), w
 

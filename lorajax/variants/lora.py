@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorajax.core import compat
 from lorajax.core.variant import Factors, Leaf, Statistic, Variant
 from lorajax.variants.corda import CorDA
 from lorajax.variants.eva import EVA
@@ -131,8 +132,9 @@ class LoRA(Variant):
 
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[Any, jax.Array]:
         """Returns (A, B) or (A, B, A, B) by `initializer`, and `w`, from which s A0 B0 is taken with `fold`."""
+        here, seen = compat.whole((w, stats))
         with jax.default_matmul_precision("highest"):
-            a, b = self.initial.start(key, w, self.rank, self.scale, stats)
+            a, b = self.initial.start(key, here, self.rank, self.scale, seen)
         if not self.initial.subtracts:
             return LoRAAdapter(a, b), w
         started = StartedAdapter(a, b, a, b)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from lorajax.core import compat
 from lorajax.core.variant import Factors, Leaf, Variant
 from lorajax.variants.initializer import svd
 
@@ -52,7 +53,7 @@ class LoRAXS(Variant):
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[LoRAXSAdapter, jax.Array]:
         """Returns A, R ~ N(0, sigma^2), B, and `w` itself."""
         with jax.default_matmul_precision("highest"):
-            u, s, vt = svd(jax.random.key(0), w, min(self.rank + OVERSAMPLES, *w.shape), self.iterations)
+            u, s, vt = svd(jax.random.key(0), compat.whole(w), min(self.rank + OVERSAMPLES, *w.shape), self.iterations)
         r = self.rank
         return LoRAXSAdapter(u[:, :r] * s[None, :r], self.sigma * jax.random.normal(key, (r, r)), vt[:r]), w
 

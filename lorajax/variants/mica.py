@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorajax.core import compat
 from lorajax.core.variant import Factors, Leaf, Variant
 from lorajax.variants.initializer import svd
 
@@ -41,7 +42,7 @@ class MiCA(Variant):
 
     def init(self, key: jax.Array, w: jax.Array, stats: Any = None) -> tuple[MiCAAdapter, jax.Array]:
         """Returns (0, B) and `w` itself."""
-        _, _, vt = svd(key, w, min(w.shape), 0)
+        _, _, vt = svd(key, compat.whole(w), min(w.shape), 0)
         return MiCAAdapter(jnp.zeros((w.shape[0], self.rank)), vt[vt.shape[0] - self.rank:]), w
 
     def factors(self, adapter: MiCAAdapter, w: jax.Array) -> Factors:
