@@ -76,8 +76,8 @@ def mixed(fn: Callable[..., Any], *, strict: bool = False, in_axes: Any = 0, out
         rows = [(x, axis) for x, axis, on in zip(given, axes, mapped, strict=True) if on]
         over = jax.vmap(row, (0, None if spans is None else 0, 0, *[axis for _, axis in rows]), out_axes)
         own = (at, spans, jnp.arange(index.shape[0]))
-        for x, axis in rows[:1]:
-            own = compat.beside(x, axis, own)
+        if rows:
+            own = compat.beside(rows[0][0], rows[0][1] or 0, own)
         return over(*own, *[x for x, _ in rows])
 
     del call.__wrapped__  # its arguments are one more than fn's: `jax.jit` counts them

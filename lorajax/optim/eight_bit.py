@@ -46,7 +46,8 @@ def eight_bit(tx: optax.GradientTransformation, block: int = 256,
                 codes, scales = dynamic.encode(x.reshape(-1).astype(jnp.float32), block, signed)
                 return Eight(codes.reshape(x.shape), scales)
 
-            return compat.automatic(encode, Eight(compat.place(x), PartitionSpec()), x)
+            places: Any = (compat.place(x), PartitionSpec())
+            return compat.automatic(encode, Eight(*places), x)
 
         return jax.tree_util.tree_map_with_path(one, state)
 

@@ -260,8 +260,11 @@ def quantize(w: Any, form: Format, order: Sequence[int] | None = None, run: int 
         return Quantized(codes, scales, form, order, tuple(sizes[w.ndim - run + 1:]), jnp.dtype(w.dtype))
 
     mesh = compat.explicit_mesh(w)
-    shapes = None if mesh is None else jax.eval_shape(pack, jax.ShapeDtypeStruct(w.shape, w.dtype))
-    made = compat.automatic(pack, shapes and shapes.specs(compat.place(w), mesh.shape), w)
+    places = None
+    if mesh is not None:
+        shapes = jax.eval_shape(pack, jax.ShapeDtypeStruct(w.shape, w.dtype))
+        places = shapes.specs(compat.place(w), mesh.shape)
+    made = compat.automatic(pack, places, w)
     if not isinstance(w, jax.core.Tracer) and not all(bool(jnp.all(jnp.isfinite(x))) for x in made.scales):
         raise ValueError(f"a weight of shape {w.shape} reaches {float(jnp.max(jnp.abs(w))):.2g}, for which "
                          f"{describe(form)} has no scale: take another format, or leave this weight out")
