@@ -21,7 +21,7 @@ from lorajax.control import adalora, compact
 from lorajax.core.variant import Factors, Leaf, Variant
 from lorajax.variants import AdaLoRA, DoRA, LoRA
 from lorajax.variants.adalora import AdaLoRAAdapter
-from lorajax.variants.dora import _cross
+from lorajax.variants.dora import _added, _cross
 
 # The formulas, on one (in, out) matrix or a stack of them, float64
 
@@ -410,9 +410,10 @@ def dots(jaxpr: Any) -> int:
 def test_cost(scan: bool) -> None:
     """Products at most 5 % above LoRA's (test_bench has XLA's count); nothing of a weight's shape is computed."""
     lora, dora = (program(v, scan) for v in (LoRA(rank=RANK), DoRA(LoRA(rank=RANK))))
-    norms = LAYERS * sum(2 * RANK * (n_in * n_out + RANK * (n_in + n_out)) for n_in, n_out in SIZES.values())
+    norms = LAYERS * sum(2 * RANK * (n_in * n_out + RANK * n_in) for n_in, n_out in SIZES.values())
+    summed = LAYERS * sum(2 * RANK * RANK * n_out for _, n_out in SIZES.values())  # A^T A B, which is no product
     assert dots(dora.jaxpr) == dots(lora.jaxpr) + norms
-    assert norms < 0.05 * dots(lora.jaxpr)
+    assert norms + summed < 0.05 * dots(lora.jaxpr)
     paths = list(SIZES) if scan else [f"{i}/{n}" for i in range(LAYERS) for n in SIZES]
     weights = {path: Weight((1,), (2,), (0,)) if scan else Weight() for path in paths}
     flat = {path: np.empty((LAYERS, *SIZES[path]) if scan else SIZES[path.split("/")[1]]) for path in paths}
@@ -485,6 +486,16 @@ def test_the_scale_of_the_sum_of_both_products_is_the_last_pass() -> None:
     jaxpr = jaxprs.trace(lambda t: lj.lift(fn)(adapt.bind(t, frozen), x), trainable)
     large = [eqn.primitive.name for eqn in jaxprs.equations(jaxpr) if eqn.outvars[0].aval.shape == (40, 8)]
     assert [name for name in large if name != "jit"] == ["dot_general", "dot_general", "add", "name", "mul"]
+
+
+@pytest.mark.parametrize("rank", [1, 32, 33])
+def test_what_the_update_adds_to_the_norms(rank: int) -> None:
+    """||W + s A B||^2 - ||W||^2 in float64, where A^T A B is a sum and where it is a product."""
+    w, a, b = normal(40, 24), normal(40, rank, seed=1), normal(rank, 24, seed=2)
+    want = np.square(np.float64(w) + 0.5 * np.float64(a) @ np.float64(b)).sum(0) - np.square(np.float64(w)).sum(0)
+    found, jaxpr = jax.jit(_added)(Factors(a, b, s=0.5), w), jaxprs.trace(_added, Factors(a, b, s=0.5), w)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    assert jaxprs.primitives(jaxpr).count("dot_general") == (2 if rank <= 32 else 3)
 
 
 def test_norms_of_a_bfloat16_weight_are_as_exact_as_of_float32() -> None:

@@ -18,6 +18,8 @@ SMALLEST = 1e-6
 """What a norm counts at least: the magnitude of a zero column, which is then finite and can grow."""
 LEAST_GROWTH = 1e-6
 """What ||V||^2 / ||W||^2 counts at least: below it the expansion has no correct digit in float32."""
+FEW = 32
+"""Rank components whose A^T A B is a sum, made where it is read; of more it is a product, with a kernel of its own."""
 PLAIN = LoRA()
 
 
@@ -84,7 +86,9 @@ def _added(found: Factors, w: jax.Array) -> jax.Array:
     if found.a is None or found.b is None:
         return jnp.zeros(w.shape[1])
     a, b, s = found.a, found.b, 1.0 if found.s is None else found.s
-    cross, own = _cross(w, a), compat.einsum("rs,so->ro", compat.einsum("ir,is->rs", a, a), b)
+    cross, gram = _cross(w, a), compat.einsum("ir,is->rs", a, a)
+    few = b.shape[0] <= FEW
+    own = jnp.sum(gram[:, :, None] * b[None], 1) if few else compat.einsum("rs,so->ro", gram, b)
     return s * jnp.sum((2 * cross + s * own) * b, 0)
 
 
