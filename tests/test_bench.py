@@ -83,7 +83,10 @@ def test_remat_and_methods_are_timed(tmp_path: Any, capsys: Any) -> None:
 
 def test_packed_runs_are_timed_beside_one(tmp_path: Path, capsys: Any) -> None:
     kept = tmp_path / "packing.json"
-    packing.main(["--rows", "tiny_bert", "--runs", "3", "--steps-per-call", "1", "--blocks", "1", "--json", str(kept)])
+    toy = ["--rows", "tiny_bert", "--runs", "3", "--steps-per-call", "1", "--blocks", "1"]
+    packing.main([*toy, "--how", "short", "--profile", "--json", str(kept)])
+    profile = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert profile["how"] == "short" and profile["profile"]["kinds"]
     (row,) = json.loads(kept.read_text())["rows"]
     assert row["runs"] == 3
     assert row["losses differ by"] < 1e-5

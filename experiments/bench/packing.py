@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import ours
+from experiments.bench import kernels, ours
 from experiments.bench import work as shared
 from experiments.bench.setting import markdown, setting
 from experiments.bench.work import RATE, ROWS, Work
@@ -43,7 +43,9 @@ from lorajax.train.pack import Pack, Parts, make_packed_step
 RUNS = {"minilm": 64, "bert": 32}
 
 
-def measure(work: Work, runs: int, steps_per_call: int, blocks: int, how: str, packed_only: bool) -> dict[str, Any]:
+def measure(
+    work: Work, runs: int, steps_per_call: int, blocks: int, how: str, packed_only: bool, profile: bool
+) -> dict[str, Any]:
     attention, _, compiler = how.partition("+")
     alone = ours.build(work, attention, steps_per_call)
     loss = alone.loss
@@ -81,6 +83,8 @@ def measure(work: Work, runs: int, steps_per_call: int, blocks: int, how: str, p
                 f"{name}, high": found["high"] / each}  # fmt: skip
         m = compiled.memory_analysis()
         row[f"{name}, GiB"] = (m.argument_size_in_bytes + m.temp_size_in_bytes) / 2**30
+    if profile:  # of the pack
+        print(json.dumps({"how": row["how"], "profile": kernels.where(call, steps_per_call)}), flush=True)
     if not packed_only:
         row["alone / packed"] = row["alone, ms"] / row["packed, ms"]
     many = losses[-1].reshape(runs, -1)  # without the one alone, compared with one another
@@ -97,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--targets", default="", help="all-linear, for one; else what the row says")
     parser.add_argument("--how", nargs="+", default=[""], help="[attention][+compiler], see bench.ours; '': XLA's")
     parser.add_argument("--packed-only", action="store_true", help="no run by itself")
+    parser.add_argument("--profile", action="store_true", help="where the pack's time goes, milliseconds of its step")
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--json", type=Path)
     o = parser.parse_args(argv)
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         work = dataclasses.replace(ROWS[name], **({"targets": o.targets} if o.targets else {}))
         for runs, steps, how in itertools.product(o.runs, o.steps_per_call, o.how):
             try:
-                rows.append(measure(work, runs or RUNS.get(name, 8), steps, o.blocks, how, o.packed_only))
+                rows.append(measure(work, runs or RUNS.get(name, 8), steps, o.blocks, how, o.packed_only, o.profile))
             except RuntimeError as error:  # too much memory, no cuDNN: the others count
                 print(f"{name}, {runs} runs, {how or 'xla'}: {str(error)[:300]}", flush=True)
                 continue
