@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from core import jaxprs
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lorajax as lj
@@ -15,7 +16,7 @@ from lorajax.control.controller import Controller
 from lorajax.optim import freeze_ranks
 from lorajax.shard.mesh import make_mesh
 from lorajax.train.elementwise import elementwise
-from lorajax.train.step import init_state, make_eval, make_step, make_update
+from lorajax.train.step import _joined, init_state, make_eval, make_step, make_update
 from lorajax.train.watch import HELD, Watch
 
 N_IN, RANK, N_OUT, BATCH = 4, 2, 3, 8
@@ -532,3 +533,46 @@ def test_errors_say_what_to_do():
     widening = Controller(lambda t: jnp.int32(0), lambda s: None, lambda g, old, new, s: (new, s.astype(jnp.float32)))
     with pytest.raises(TypeError, match=r"state\.control from int32\[\] into float32\[\].*must keep shape and dtype"):
         make_step(squares, Linear(), tx, widening)(state._replace(control=jnp.int32(0)), frozen, batch)
+
+
+def test_what_a_step_keeps_is_decided_by_one_array_for_each_shape():
+    """Of three arrays of one shape and one of another, and Adam's two moments of each: two predicates for twelve
+    selections, and no second one in a call of several steps. What is split over a mesh keeps the scalar."""
+    trainable = {name: jnp.ones(shape) for name, shape in zip("abcd", ((3, 2), (3, 2), (3, 2), (4,)), strict=True)}
+
+    class Sum(Linear):
+        def bind(self, trainable, frozen, **_):
+            return trainable
+
+    def loss(bound, batch, key):
+        return sum(jnp.sum((x - batch["x"]) ** 2) for x in bound.values()), {}
+
+    tx = optax.adam(0.1)
+    state = init_state(jax.random.key(0), trainable, tx)
+    batch = {"x": jnp.arange(2.0)}
+    one = make_update(loss, Sum(), tx, clip=None, together=True)
+    many = make_step(loss, Sum(), tx, clip=None, steps_per_call=2)
+    for fn, given in ((one, {"x": batch["x"][0]}), (many, batch)):
+        selected = [e for e in jaxprs.equations(jax.make_jaxpr(fn)(state, {}, given))
+                    if e.primitive.name == "select_n" and e.outvars[0].aval.shape in ((3, 2), (4,))]  # fmt: skip
+        assert len(selected) == 12
+        assert len({id(e.invars[0]) for e in selected}) == 2
+        assert all(e.invars[0].aval.shape == e.outvars[0].aval.shape for e in selected)
+    expected, opt_state = trainable, tx.init(trainable)
+    for x in batch["x"]:
+        grads = jax.tree.map(lambda p, x=x: 2 * (p - x), expected)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    after, _ = many(state, {}, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.trainable, expected)
+    split = make_update(loss, Sum(), tx, clip=None, together=True, shardings=jax.tree.map(
+        lambda _: NamedSharding(Mesh(np.array(jax.devices()[:1]), "d"), PartitionSpec()), after))  # fmt: skip
+    assert not [e for e in jaxprs.equations(jax.make_jaxpr(split)(after, {}, {"x": batch["x"][0]}))
+                if e.primitive.name == "select_n" and e.invars[0].aval.shape in ((3, 2), (4,))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, [7]), (2, [4, 3]), (1, [2, 2, 3])])
+def test_so_many_arrays_at_a_time(most, expected):
+    found = _joined([jnp.zeros(2), jnp.zeros((2, 1)), jnp.zeros(3)], most=most)
+    assert [x.size for x in found] == expected

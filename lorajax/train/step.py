@@ -23,6 +23,8 @@ Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]
 
 SMALL = 1 << 20
 """Arrays of at most so many elements are reduced together."""
+MOST = 16
+"""So many of the new values: the optimizer makes one of up to five arrays, and a kernel of XLA's reads about 96."""
 RESERVED = frozenset({"loss", "penalty", "grad_norm", "finite", "weight"})
 
 
@@ -117,7 +119,8 @@ def make_update(
     shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One step of `make_step`, not jitted, for a program of one's own. together: the norm of the gradients, and whether
-    the new values are finite, are reductions of small arrays laid end to end, in place of four kernels for each array.
+    the new values are finite, are reductions of small arrays laid end to end, in place of four kernels for each array;
+    without a mesh the update is one kernel for many of them (`_keep`).
     shardings: of the state, on a mesh: arrays that are split are laid on one another, where shape and sharding are the
     same."""
     if accumulate < 1:
@@ -130,7 +133,7 @@ def make_update(
 
     def one(state: TrainState, frozen: Any, batch: Any, good: Any = True) -> tuple[TrainState, dict[str, jax.Array]]:
         where = shardings and jax.tree.leaves(jax.tree.broadcast(shardings, state).trainable)
-        collect = partial(_joined, where=where) if together else jax.tree.leaves
+        collect = partial(_joined, where=where) if together else lambda tree, most=None: jax.tree.leaves(tree)
         found = gradients(state, frozen, batch)
         masks = {} if found.masks is None else {"masks": found.masks}
         norm = optax.tree.norm(collect(found.grads))
@@ -151,8 +154,10 @@ def make_update(
         twice = together and elementwise(jax.make_jaxpr(update)(*old))
         checked = update(*lax.optimization_barrier(old))[0] if twice else new
         total = found.loss + found.penalty
-        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(collect(checked)) & jnp.all(good)
-        after = _keep(finite, TrainState(state.step + 1, new, opt_state, control, state.key), state)
+        values = collect(checked, most=MOST if twice else None)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(values) & jnp.all(good)
+        after = _keep(finite, TrainState(state.step + 1, new, opt_state, control, state.key), state,
+                      together and shardings is None)  # fmt: skip
         metrics = {"loss": found.loss, "penalty": found.penalty, "grad_norm": norm, "weight": found.weight}
         return after, {**found.aux, **metrics, "finite": finite}
 
@@ -164,10 +169,8 @@ def repeated(one: Callable[..., Any], steps: int) -> Callable[..., Any]:
 
     def many(state: TrainState, frozen: Any, batches: Any, good: Any = True) -> tuple[TrainState, dict[str, jax.Array]]:
         def body(carry: Any, batch: Any) -> Any:
-            state, good = carry
-            after, metrics = one(state, frozen, batch)
-            good = good & metrics["finite"]
-            return (_keep(good, after, state), good), {**metrics, "finite": good}
+            state, metrics = one(carry[0], frozen, batch, carry[1])
+            return (state, metrics["finite"]), metrics
 
         (state, _), metrics = lax.scan(body, (state, jnp.all(good)), batches, length=steps)
         return state, metrics
@@ -256,9 +259,9 @@ def _own(x: Any) -> jax.Array:
     return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.array(x, dtype=x.dtype, copy=True)
 
 
-def _joined(tree: Any, where: Sequence[Any] | None = None) -> list[jax.Array]:
-    """The leaves, small ones of one type end to end in one array. where: their shardings: those that are split are
-    stacked instead, with others of their shape that are split alike."""
+def _joined(tree: Any, where: Sequence[Any] | None = None, most: int | None = None) -> list[jax.Array]:
+    """The leaves, small ones of one type end to end in one array, or in several of at most `most` leaves. where: their
+    shardings: those that are split are stacked instead, with others of their shape that are split alike."""
     leaves, ends = [], dict[Any, list[jax.Array]]()
     for x, at in zip(found := jax.tree.leaves(tree), where or [None] * len(found), strict=True):
         if x.size > SMALL:
@@ -267,7 +270,8 @@ def _joined(tree: Any, where: Sequence[Any] | None = None) -> list[jax.Array]:
             ends.setdefault(x.dtype, []).append(x.ravel())
         else:
             ends.setdefault((x.dtype, x.shape, at), []).append(x[None])
-    return leaves + [jnp.concatenate(group) for group in ends.values()]
+    return leaves + [jnp.concatenate(group[i:i + (most or len(group))]) for group in ends.values()
+                     for i in range(0, len(group), most or len(group))]  # fmt: skip
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -276,8 +280,20 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats])) if floats else jnp.bool_(True)
 
 
-def _keep(good: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where `good`, else `old`. Raises TypeError naming the leaf whose shape or dtype a step would change."""
+def _keep(good: jax.Array, new: Any, old: Any, together: bool = False) -> Any:
+    """`new` where `good`, else `old`. Raises TypeError naming the leaf whose shape or dtype a step would change.
+
+    together: `good` is an array for small leaves, one for each shape: of operations that read one array XLA's GPU
+    compiler makes one kernel, also of the optimizer's before them, and of those that share a scalar it does not.
+    """
+    shaped = dict[Any, jax.Array]()
+
+    def like(x: jax.Array) -> jax.Array:
+        if not together or x.ndim == 0 or x.size > SMALL:
+            return good
+        if x.shape not in shaped:
+            shaped[x.shape] = lax.optimization_barrier(jnp.broadcast_to(good, x.shape))
+        return shaped[x.shape]
 
     def pick(path: Any, after: Any, before: Any) -> Any:
         if after.shape != before.shape or after.dtype != before.dtype:
@@ -288,6 +304,6 @@ def _keep(good: jax.Array, new: Any, old: Any) -> Any:
         if getattr(jax.typeof(after), "memory_space", None) == jax.memory.Space.Host:  # nothing is computed there
             after, before = (jax.device_put(x, jax.memory.Space.Device) for x in (after, before))
             return jax.device_put(jnp.where(good, after, before), jax.memory.Space.Host)
-        return jnp.where(good, after, before)
+        return jnp.where(like(after), after, before)
 
     return jax.tree_util.tree_map_with_path(pick, new, old)
