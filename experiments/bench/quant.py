@@ -63,7 +63,7 @@ def program(o: argparse.Namespace, base: str, optimizer: str) -> Program:
     sites = lj.sites(net.apply, jax.eval_shape(net.init, jax.random.key(0), ids[:1, :2]), ids)
     adapt = lj.adapt(sites, [("all-linear", lj.LoRA(rank=16))])
     tx = optim.NAMES[optimizer](1e-4, adapt=adapt)
-    hidden = lj.lift(functools.partial(net.apply, method="hidden"), strict=True)
+    hidden = lj.lift(functools.partial(net.apply, method="hidden"), strict=True, once=o.once)
 
     def loss(params: Any, ids: jax.Array, key: Any) -> Any:
         labels, weights = jnp.roll(ids, -1, 1), jnp.ones(ids.shape).at[:, -1].set(0)
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--scan", action="store_true")
+    parser.add_argument("--once", help="weights dequantised once a backward pass: a regular expression, as of lj.lift")
     parser.add_argument("--attention", choices=("xla", "cudnn"), help="on a GPU cudnn, if it is not said")
     parser.add_argument("--rows", nargs="+", default=["nf4:adamw", "bfloat16:adamw"], help="base:optimizer")
     parser.add_argument("--steps", type=int, default=10)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lorajax.core import compat, contract, siblings, structure
 from lorajax.core.bound import RANK, Factor, dense, is_bound
+from lorajax.core.layerwise import layerwise
 from lorajax.core.packed import is_packed
 from lorajax.core.siblings import Siblings
 from lorajax.core.structure import Decline
@@ -25,10 +26,11 @@ Report = Callable[[str, str, str, str], None]
 
 
 class Interpreter:
-    """One evaluation: where to report, and the jitted layers already rebuilt (identical layers share one)."""
+    """One evaluation: where to report, which weights are unpacked `once` (`lorajax.core.layerwise`), and the jitted
+    layers already rebuilt (identical layers share one)."""
 
-    def __init__(self, report: Report):
-        self.report = report
+    def __init__(self, report: Report, once: str = ""):
+        self.report, self.once = report, once
         self.jitted: dict[int, tuple[Any, Any]] = {}
         self.around: list[Any] = []
         """The equations that the current one stands in, outermost first."""
@@ -165,9 +167,13 @@ def _jit(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _remat(self: Interpreter, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    inner = eqn.params["jaxpr"]
-    return jax.checkpoint(lambda *args: self.closed(inner, args), prevent_cse=eqn.params["prevent_cse"],
-                          policy=eqn.params["policy"])(*values)
+    inner, policy = eqn.params["jaxpr"], eqn.params["policy"]
+    full = policy in (None, jax.checkpoint_policies.nothing_saveable)
+
+    def body(*args):
+        return self.closed(inner, layerwise(args, self.once) if full else args)
+
+    return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=policy)(*values)
 
 
 def _loop(values: list[Any], carried: range, attempt: Callable[[list[Any]], Any], merge: Callable[[Any, str], Any]):

@@ -27,14 +27,21 @@ class StrictLiftError(RuntimeError):
     """`lift(f, strict=True)` met an operation that needs a merged weight."""
 
 
-def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+ONCE = ""
+"""What `lift` takes for `once` where it is not told; ".*" is every weight."""
+
+
+def lift(fn: Callable[..., Any], *, strict: bool = False, once: str | None = None) -> Callable[..., Any]:
     """`fn` with bound weights allowed anywhere in its arguments; with none it is `fn` itself.
 
     The result composes with jit, grad, vmap, checkpoint and meshes. Each un-jitted call traces `fn` anew, so call it
     under `jax.jit`. An operation on a weight that has no factored form (a weight squared, a custom derivative) uses
     the merged weight of that operand alone, and warns `MaterialisedWeight` once per call, path and operation.
 
-    strict: raise `StrictLiftError` instead of warning.
+    strict: raise `StrictLiftError` instead of warning. once: a regular expression; a layer of which nothing is kept for
+    the backward pass (`remat='full'`) dequantises quantised weights whose path it matches once for its recomputation
+    and its backward pass, in place of once for each: quicker, at the memory of their dense form in one layer
+    (`lorajax.core.layerwise`). None: `ONCE`.
     """
 
     @functools.wraps(fn)
@@ -64,7 +71,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
                 warnings.warn(text, MaterialisedWeight, stacklevel=2)
 
         told: set[tuple[str, ...]] = set()
-        run = Interpreter(report)
+        run = Interpreter(report, ONCE if once is None else once)
         results = run.closed(jaxpr, [leaves[i] for i in slots])
         results = [run.merge(r, None, "what a function returns is arrays") for r in results]
         return jax.tree.unflatten(jax.tree.structure(shapes), results)

@@ -18,12 +18,19 @@ import numpy as np
 
 from lorajax.core import compat
 
+ZERO = np.zeros((), np.uint8)
+"""What codes are changed by to wait for something: by nothing."""
+
 
 class Packed(abc.ABC):
     """A pytree node that stands for an array of `shape` and `dtype`; concrete ones are registered with JAX."""
 
     dtype: Any
     """Of the array that it stands for."""
+    tied: bool = False
+    """Whether it waits for its layer's input (`lorajax.core.layerwise`)."""
+    once: bool = False
+    """Whether, moreover, the backward pass reads what the recomputation before it unpacked."""
 
     @property
     @abc.abstractmethod
@@ -31,8 +38,12 @@ class Packed(abc.ABC):
         """Of the array that it stands for."""
 
     @abc.abstractmethod
-    def dense(self) -> jax.Array:
-        """The array."""
+    def dense(self, *tables: jax.Array) -> jax.Array:
+        """The array. tables: arrays to be read in place of those of `tables`, which they equal."""
+
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """The constants that unpacking it reads."""
+        return (ZERO,)
 
     def follow(self, eqn: Any, operands: Sequence[Any]) -> Packed | None:
         """This weight after a layout operation on it, without unpacking it; None where that cannot be."""
@@ -60,6 +71,10 @@ class Packed(abc.ABC):
 
     def gathered(self) -> Packed:
         """The weight as a product reads it: its stored arrays where `gathering` said, not yet unpacked."""
+        return self
+
+    def loose(self) -> Packed:
+        """The same weight, waiting for nothing."""
         return self
 
     @property
@@ -102,8 +117,22 @@ class View(Packed):
     def tree_unflatten(cls, steps, children):
         return cls(children[0], steps, children[1])
 
-    def dense(self) -> jax.Array:
-        w = self.of.dense()
+    @property
+    def tied(self) -> bool:  # type: ignore[override]
+        return self.of.tied
+
+    @property
+    def once(self) -> bool:  # type: ignore[override]
+        return self.of.once
+
+    def loose(self) -> Packed:
+        return View(self.of.loose(), self.steps, self.operands)
+
+    def tables(self) -> tuple[np.ndarray, ...]:
+        return self.of.tables()
+
+    def dense(self, *tables: jax.Array) -> jax.Array:
+        w = self.of.dense(*tables)
         for (operation, result), operands in zip(self.steps, self.operands, strict=True):
             w = compat.bind(operation, [w, *operands])[result]
         return w
@@ -144,28 +173,34 @@ def product(fn: Callable[..., jax.Array], w: Any, x: jax.Array, *sizes: jax.Arra
 
     What ties an unpacking to x, or to the cotangent, is a zero that goes through a barrier with it, and by which the
     codes are changed. They go through none themselves, for what does has to be in memory of its own: a layer's codes
-    are read where they lie in the stack. Between the two they are gathered, or a mesh would move unpacked weights."""
+    are read where they lie in the stack. Between the two they are gathered, or a mesh would move unpacked weights.
+
+    One that is `tied` to its layer's input waits for no other in the forward pass. What of such a one is unpacked
+    `once`, the derivative reads as it is."""
     if not isinstance(w, Packed):
         return fn(w, x, *sizes)
-    zero = np.uint8(0)
+    if w.once:
+        return fn(jax.lax.stop_gradient(w.gathered().dense()), x, *sizes)
+    zero = ZERO
 
     @jax.custom_jvp
     def now(w: Any, x: jax.Array, *sizes: jax.Array) -> jax.Array:
-        if {compat.varying(x)} == set(map(compat.varying, jax.tree.leaves(w))):  # a barrier takes no others
+        one = {compat.varying(x)} == set(map(compat.varying, jax.tree.leaves(w)))  # a barrier takes no others
+        if one and not w.tied:
             after, _ = jax.lax.optimization_barrier((compat.vary(zero, x), x))
-            w = _changed(w, after)
+            w = changed(w, after)
         return fn(w.gathered().dense(), x, *sizes)
 
     @now.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         w, _, *sizes = primals
-        again = jax.checkpoint(lambda zero, w, dx, *sizes: fn(_changed(w, zero).gathered().dense(), dx, *sizes),
+        again = jax.checkpoint(lambda zero, w, dx, *sizes: fn(changed(w, zero).gathered().dense(), dx, *sizes),
                                prevent_cse=(True, False, True, *[True] * len(sizes)))  # what its barrier holds
-        return now(*primals), again(zero, w, tangents[1], *sizes)
+        return now(*primals), again(zero, w.loose(), tangents[1], *sizes)
 
     return now(w, x, *sizes)
 
 
-def _changed(w: Any, by: jax.Array) -> Any:
+def changed(w: Any, by: jax.Array) -> Any:
     """Every code (what is of 8 bits) exclusive or `by`."""
     return jax.tree.map(lambda leaf: leaf ^ by.astype(leaf.dtype) if leaf.dtype in (jnp.uint8, jnp.int8) else leaf, w)

@@ -49,7 +49,7 @@ def normalised(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(blocks * (1 / jnp.maximum(scale, TINY))[..., None], -1, 1), scale
 
 
-def look_up(codes: jax.Array, values: np.ndarray) -> jax.Array:
+def look_up(codes: jax.Array, values: np.ndarray | jax.Array) -> jax.Array:
     """values[codes], float32."""
     where = None if compat.explicit_mesh(codes) is None else jax.typeof(codes).sharding
     return jnp.asarray(values, jnp.float32).at[codes].get(mode="promise_in_bounds", out_sharding=where)

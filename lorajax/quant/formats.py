@@ -37,8 +37,13 @@ class Format(abc.ABC):
         """(codes, scales) of w."""
 
     @abc.abstractmethod
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
-        """w as the codes say, computed in float32, as `dtype`."""
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32,
+               *tables: jax.Array) -> jax.Array:
+        """w as the codes say, computed in float32, as `dtype`. tables: read in place of `tables`."""
+
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """The arrays in which `decode` looks values up."""
+        return ()
 
     def lead(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> int:
         """How many leading dimensions all arrays have in common."""
@@ -111,26 +116,33 @@ class Table4(Format):
         eight, second = dynamic.encode(flat - mean[..., None], SECOND)
         return codes, (eight.reshape(absmax.shape), second, mean)
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """The values of codes, and those of the scales' codes."""
+        return (self.table, dynamic.dynamic_map()) if self.double else (self.table,)
+
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32,
+               *tables: jax.Array) -> jax.Array:
         """table[code] times the scale of its block. Scales that are quantised as well get a kernel of their own: with
         them in that of the codes, which then wait, a weight of 14336 x 4096 took a fifth longer on an H200."""
-        _, (absmax,) = self.single(scales)
+        table, *of_scales = tables or self.tables()
+        _, (absmax,) = self.single(scales, *of_scales)
         if self.double:
             absmax = lax.optimization_barrier(absmax)
-        return unpack4(codes, self.block, lambda c: dynamic.look_up(c, self.table) * absmax[..., None], dtype)
+        return unpack4(codes, self.block, lambda c: dynamic.look_up(c, table) * absmax[..., None], dtype)
 
     def lead(self, codes: jax.Array, scales: tuple[jax.Array, ...]) -> int:
         """The second scales and the mean have the stack's dimensions only."""
         return scales[-1].ndim if self.double else codes.ndim - 1
 
-    def single(self, scales: tuple[jax.Array, ...]) -> tuple[Format, tuple[jax.Array, ...]]:
-        """One float32 scale for each block."""
+    def single(self, scales: tuple[jax.Array, ...], *tables: Any) -> tuple[Format, tuple[jax.Array, ...]]:
+        """One float32 scale for each block. tables: the dynamic map, if it is there already."""
         if not self.double:
             return self, scales
         eight, second, mean = scales
         ahead, one = [1] * (eight.ndim - mean.ndim), math.prod(eight.shape[mean.ndim:])
         each = jnp.repeat(second, SECOND, axis=-1)[..., :one].reshape(eight.shape)
-        absmax = dynamic.look_up(eight, dynamic.dynamic_map()) * each + mean.reshape(*mean.shape, *ahead)
+        values = tables[0] if tables else dynamic.dynamic_map()
+        absmax = dynamic.look_up(eight, values) * each + mean.reshape(*mean.shape, *ahead)
         return replace(self, double=False), (absmax,)
 
 
@@ -167,7 +179,8 @@ class Int8(Format):
         codes = jnp.round(blocks * (1 / jnp.maximum(absmax, dynamic.TINY) * 127)[..., None])
         return codes.astype(jnp.int8).reshape(w.shape), (absmax,)
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32,
+               *tables: jax.Array) -> jax.Array:
         """code absmax / 127."""
         values = blocks_of(codes.astype(jnp.float32), self.block) * (scales[0] * (1 / 127))[..., None]
         return values.reshape(codes.shape).astype(dtype)
@@ -188,7 +201,8 @@ class Q8_0(Format):
         codes = jnp.sign(x) * jnp.floor(jnp.abs(x) + 0.5)  # halves away from 0, as C's roundf
         return codes.astype(jnp.int8).reshape(w.shape), (d.astype(jnp.float16),)
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32,
+               *tables: jax.Array) -> jax.Array:
         """d code."""
         values = blocks_of(codes.astype(jnp.float32), self.block) * scales[0].astype(jnp.float32)[..., None]
         return values.reshape(codes.shape).astype(dtype)
@@ -209,7 +223,8 @@ class Q4_1(Format):
         codes = jnp.clip(jnp.floor((blocks - least[..., None]) * jnp.where(d == 0, 0.0, 1 / d)[..., None] + 0.5), 0, 15)
         return pack4(codes.astype(jnp.uint8).reshape(w.shape)), (d.astype(jnp.float16), least.astype(jnp.float16))
 
-    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: tuple[jax.Array, ...], dtype: Any = jnp.float32,
+               *tables: jax.Array) -> jax.Array:
         """d code + m."""
         d, m = (x.astype(jnp.float32)[..., None] for x in scales)
         return unpack4(codes, self.block, lambda c: c.astype(jnp.float32) * d + m, dtype)

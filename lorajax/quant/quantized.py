@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorajax.core import compat
-from lorajax.core.packed import Packed
+from lorajax.core.packed import Packed, changed
 from lorajax.quant.formats import FORMATS, Format, describe
 
 
@@ -70,10 +70,16 @@ class Quantized(Packed):
         """How many of the stored dimensions every stored array has."""
         return self.format.lead(self.codes, self.scales)
 
-    def dense(self) -> jax.Array:
-        """The array: decoded in float32, cast to `dtype`."""
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """See `Packed.tables`."""
+        return self.format.tables() or super().tables()
+
+    def dense(self, *tables: jax.Array) -> jax.Array:
+        """The array: decoded in float32, cast to `dtype`. tables: see `Packed.dense`."""
         with compat.within(compat.explicit_mesh(self.codes)):  # a lookup with an `out_sharding` runs on another
-            return _dense(self)
+            if tables and not self.format.tables():
+                return _dense(changed(self, *tables))
+            return _dense(self, *tables)
 
     def single(self) -> Quantized:
         """The same values without double quantisation, so that every array has the dimensions of the rows too."""
@@ -213,8 +219,8 @@ def _gather(w: Quantized, p: Any, indices: jax.Array) -> Quantized | None:
 
 
 @jax.jit
-def _dense(q: Quantized) -> jax.Array:
-    w, dims = q.format.decode(q.codes, q.scales, q.dtype).reshape(q.stored), q.dims
+def _dense(q: Quantized, *tables: jax.Array) -> jax.Array:
+    w, dims = q.format.decode(q.codes, q.scales, q.dtype, *tables).reshape(q.stored), q.dims
     return w if dims == tuple(range(len(dims))) else lax.transpose(w, np.argsort(dims).tolist())
 
 
