@@ -139,7 +139,6 @@ def make_update(
         norm = optax.tree.norm(collect(found.grads))
         scale = jnp.float32(1.0) if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
 
-        @jax.jit  # traced once, however often it is called
         def update(opt_state: Any, trainable: Any, control: Any) -> tuple[Any, Any, Any]:
             grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), found.grads, trainable)
             with jax.numpy_dtype_promotion("standard"):  # optax raises Python floats to powers of int32 counters
@@ -147,12 +146,14 @@ def make_update(
             new, control = controller.update(grads, trainable, optax.apply_updates(trainable, updates), control)
             return new, opt_state, control
 
-        old = state.opt_state, state.trainable, state.control
-        new, opt_state, control = update(*old)
         # Whether the new values are finite is known when all of them have been made. They are made twice, once to be
         # looked at and once to be kept: XLA would write some in between, and read them again.
-        twice = together and elementwise(jax.make_jaxpr(update)(*old))
-        checked = update(*lax.optimization_barrier(old))[0] if twice else new
+        old, shared = (state.opt_state, state.trainable, state.control), jax.jit(update)
+        if together and elementwise(jax.make_jaxpr(shared)(*old)):
+            (new, opt_state, control), checked = shared(*old), shared(*lax.optimization_barrier(old))[0]
+        else:
+            new, opt_state, control = update(*old)
+            checked = new
         total = found.loss + found.penalty
         values = collect(checked, most=MOST if twice else None)
         finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(values) & jnp.all(good)
