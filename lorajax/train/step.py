@@ -149,11 +149,9 @@ def make_update(
         # Whether the new values are finite is known when all of them have been made. They are made twice, once to be
         # looked at and once to be kept: XLA would write some in between, and read them again.
         old, shared = (state.opt_state, state.trainable, state.control), jax.jit(update)
-        if together and elementwise(jax.make_jaxpr(shared)(*old)):
-            (new, opt_state, control), checked = shared(*old), shared(*lax.optimization_barrier(old))[0]
-        else:
-            new, opt_state, control = update(*old)
-            checked = new
+        twice = together and elementwise(jax.make_jaxpr(shared)(*old))
+        new, opt_state, control = shared(*old) if twice else update(*old)
+        checked = shared(*lax.optimization_barrier(old))[0] if twice else new
         total = found.loss + found.penalty
         values = collect(checked, most=MOST if twice else None)
         finite = jnp.isfinite(total) & jnp.isfinite(norm) & _all_finite(values) & jnp.all(good)
