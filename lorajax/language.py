@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lorajax import build, data
 from lorajax.config import ConfigError, choose
 from lorajax.core.fingerprint import fingerprint
+from lorajax.core.sites import by_path
 from lorajax.data.chat import NoTemplate
 from lorajax.data.prompts import Prompts, encode_prompts
 from lorajax.data.text_tasks import TEXT_TASKS, Pairs, TextTask, grouped, load_pairs
@@ -113,9 +114,12 @@ def load_model(config: ConfigDict) -> Model:
         raise ConfigError(f"model {config.args.model!r} is a {type(net).__name__}; a language model is of the Llama "
                           f"family or a GPT-2, such as smollm2")
     keep = _as_loaded(config, net.config, tensors)
-    if keep is not None and place.mesh is not None:
-        raise ConfigError("quant.format='gguf' is for one device so far: set mesh to one device")
-    variables = params_from_hf(net.config, tensors, place=keep, shardings=place.base if place.mesh else None).variables
+    spread = place.base if place.mesh and keep is None else None
+    variables: Any = params_from_hf(net.config, tensors, place=keep, shardings=spread).variables
+    if keep is not None:  # what is in the host's memory until here are the file's bits
+        leaves, tree = by_path(variables)
+        there = place.put(leaves) if place.mesh else jax.tree.map(jnp.asarray, leaves)
+        variables = jax.tree.unflatten(tree, list(there.values()))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     first = tokenizer.encode("").ids
@@ -134,7 +138,7 @@ def _as_loaded(config: ConfigDict, settings: Any, tensors: Any) -> Any:
 
     def place(path: str, array: Any) -> Any:
         kept = tensors.packed(names[path][0], dtype, forms[path].form == "linear") if array.ndim == 2 else None
-        return jnp.asarray(array, dtype) if kept is None else kept
+        return np.asarray(array, dtype) if kept is None else kept
 
     return place
 

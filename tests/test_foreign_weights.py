@@ -189,6 +189,26 @@ def test_gguf_tensors_stay_quantised_as_they_are(tmp_path: Path, case: golden.Ca
         np.testing.assert_array_equal(unpacked(w), loaded[1][path], err_msg=path)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_gguf_bits_lie_on_a_mesh(tmp_path: Path, case: golden.Case, bpe: Any, scan: bool) -> None:
+    import gguf
+
+    write_gguf(tmp_path / "model.gguf", case, bpe, kind=gguf.GGMLQuantizationType.Q8_0)
+    c = config.load(f"configs/qlora.py:model={tmp_path / 'model.gguf'}")
+    c.quant.format, c.scan_layers = "gguf", scan
+    alone = language.load_model(c)
+    c.mesh.fsdp, c.mesh.tensor = 2, 2
+    model = language.load_model(c)
+    assert model.fingerprint == alone.fingerprint
+    one, spread = by_path(alone.variables)[0], by_path(model.variables)[0]
+    assert sum(is_packed(w) for w in spread.values()) == (9 if scan else 16)
+    for path, w in spread.items():
+        for got, want in zip(jax.tree.leaves(w), jax.tree.leaves(one[path]), strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=path)
+        if path.endswith("kernel"):  # of heads and of the feed-forward layer: a quarter on each of four devices
+            assert len({str(x.index) for x in w.codes.addressable_shards}) == 4, path
+
+
 # --- ONNX ---
 
 

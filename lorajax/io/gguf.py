@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -83,7 +82,8 @@ class GgufTensors(Mapping[str, np.ndarray]):
 
     def packed(self, name: str, dtype: Any = np.float32, transposed: bool = True) -> Quantized | None:
         """A tensor as the file has it, Q8_0 or Q4_1, as a quantised weight: the same values as `self[name]`, in the
-        file's bits. None for another type. transposed: the weight is (in, out), the file's tensor (out, in)."""
+        file's bits, on the host. None for another type. transposed: the weight is (in, out), the file's tensor (out,
+        in)."""
         tensor = self._tensors[name]
         kind = tensor.tensor_type.name
         if kind not in ("Q8_0", "Q4_1"):
@@ -97,9 +97,9 @@ class GgufTensors(Mapping[str, np.ndarray]):
             codes = (each[..., ::2] << 4) | each[..., 1::2]
         halfs = [np.ascontiguousarray(x).view(np.float16)[..., 0] for x in scales]
         arrays: list[Any] = [codes.reshape(*codes.shape[:-2], -1), *halfs]
-        first, *rest = (jnp.asarray(self._unturned(name, x)) for x in arrays)
+        first, *rest = (self._unturned(name, x) for x in arrays)
         form: Format = Q8_0() if kind == "Q8_0" else Q4_1()
-        return Quantized(first, tuple(rest), form, (1, 0) if transposed else (0, 1), (), jnp.dtype(dtype))
+        return Quantized(first, tuple(rest), form, (1, 0) if transposed else (0, 1), (), np.dtype(dtype))
 
     def _unturned(self, name: str, array: np.ndarray) -> np.ndarray:
         """Rows in Hugging Face's order."""

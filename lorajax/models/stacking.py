@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,8 +77,13 @@ def _stack(tree: dict[str, Any]) -> bool:
     if set(found) != set(expected):
         raise ValueError(f"to stack, params must hold layer_0 .. layer_(L-1); it holds {sorted(tree)}")
     layers = [tree.pop(name) for name in expected]
-    tree["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    tree["layers"] = jax.tree.map(_stacked, *layers)
     return True
+
+
+def _stacked(*leaves: Any) -> Any:
+    """Those of a host's memory stay there."""
+    return np.stack(leaves) if all(isinstance(x, np.ndarray) for x in leaves) else jnp.stack(leaves)
 
 
 def _unstack(tree: dict[str, Any]) -> bool:
