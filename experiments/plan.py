@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     adapt = adapted(c, whole, c.batch)
     found = specs(adapt.sites.leaves, sizes, rules, usual)
     print(described(adapt.sites.leaves, found, sizes), "\n")
+    used = math.prod(sizes.values())
     state = jax.eval_shape(optax.adamw(1e-3).init, adapt.shapes[0])
     parts = resident(adapt, sizes, rules, usual, state) | {"gathered layers": gathered(adapt, sizes, rules, usual)}
     count = sum(x.size for x in adapt.sites.leaves.values())
@@ -73,8 +74,9 @@ def main(argv: list[str]) -> None:
         work = step_flops(c, adapt, again=remat == "full")
         fits = "fits" if needs[remat] <= ROOM * where.memory else "too much"
         lines.append((remat, *list(own.values())[1:], gib(kept), gib(needs[remat]), fits, f"{work:.2e}",
-                      f"{work / where.devices / where.peak:.3f} s"))
-    print("GiB on each of", where.devices, "devices of", where.name)
+                      f"{work / used / where.peak:.3f} s"))
+    said = used if used == where.devices else f"{used} of the {where.devices}"
+    print("GiB on each of", said, "devices of", where.name)
     print(table(lines))
     if min(needs.values()) > ROOM * where.memory:
         print(f"{where.name} is too small for this mesh, batch and method. With fsdp over all devices: {others(c)}")
@@ -99,6 +101,9 @@ def activations(c: Any, settings: LlamaConfig, rows: int) -> int:
     # Of one device, at the fullest point of a step.
     known = {"": None, "xla": None, "cudnn": fused_attention, "auto": fused_attention}
     fused = config.choose("attention", c.attention, known)
+    if "rank" in c.variant:  # no rank is above the side of a device's part of a weight
+        c = c.copy_and_resolve_references()
+        c.variant.rank = min(c.variant.rank, settings.num_kv_heads * settings.head_dim, settings.intermediate_size)
     adapt = adapted(c, settings, rows)
     loss = lj.lift(objective(Llama(dataclasses.replace(settings, attention=fused)), head_trained(adapt)))
     ids = jax.ShapeDtypeStruct((rows, c.max_length), jnp.int32)

@@ -71,6 +71,16 @@ def test_what_xla_said_on_a_gpu(shape: str, rows: int, length: int, base: str, r
     assert (sum(parts.values()) + plan.activations(c, whole, rows)) / 2**30 == pytest.approx(told, rel=0.05)
 
 
+def test_a_mesh_smaller_than_the_machine_and_a_rank_above_a_part_of_a_weight(capsys: Any) -> None:
+    """A device's part of the keys is (64, 16), below the rank, and the step takes as long as four devices need."""
+    words = ["--config=configs/plan.py:shape=tiny,machine=8xH100,rank=32", "--config.mesh.tensor=4"]
+    plan.main([*words, "--config.mesh.fsdp=1", "--config.batch=4096"])
+    out = capsys.readouterr().out
+    assert "GiB on each of 4 of the 8 devices of 8xH100" in out
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("none ")]
+    assert float(row[-2]) == pytest.approx(float(row[-3]) / 4 / 989e12, rel=0.01, abs=6e-4)
+
+
 def test_a_tied_head_costs_what_an_untied_one_does() -> None:
     def work(tied: str) -> tuple[float, int]:
         c = config.parse(["--config=configs/plan.py:shape=tiny,targets=qv", "--config.model.vocab_size=1024",
