@@ -96,7 +96,7 @@ class GgufTensors(Mapping[str, np.ndarray]):
             each = np.concatenate([halves & 15, halves >> 4], -1)
             codes = (each[..., ::2] << 4) | each[..., 1::2]
         halfs = [np.ascontiguousarray(x).view(np.float16)[..., 0] for x in scales]
-        stored = codes.reshape(*codes.shape[:-2], -1), *halfs
+        stored: list[np.ndarray] = [codes.reshape(*codes.shape[:-2], -1), *halfs]
         arrays: list[Any] = [self._unturned(name, x) for x in stored]
         form: Format = Q8_0() if kind == "Q8_0" else Q4_1()
         return Quantized(arrays[0], tuple(arrays[1:]), form, (1, 0) if transposed else (0, 1), (), np.dtype(dtype))
