@@ -54,7 +54,7 @@ def setting(style: str, form: Any = None, variant: Any = None, remat: Any = None
 
 
 def gradient(lifted: Any, adapt: Any, x: jax.Array, **how: Any) -> Any:
-    return jax.value_and_grad(lambda tr, frozen: jnp.sum(jnp.sin(lifted(**how)(adapt.bind(tr, frozen), x))))
+    return jax.value_and_grad(lambda tr, frozen: jnp.sum(jnp.square(lifted(**how)(adapt.bind(tr, frozen), x))))
 
 
 def unpackings(program: Any, *args: Any) -> int:
