@@ -87,7 +87,7 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.compute_dtype = "auto"
     c.scan_layers = False
     # attention: auto is cudnn's fused kernel where it runs (NVIDIA GPUs, 16 bits), else JAX's choice, which '' is
-    # everywhere; xla, cudnn and short (lorajax.models.short_attention) ask for one. Attention dropout takes XLA's.
+    # everywhere; xla, cudnn and short ask for one. Up to 128 tokens on one device it is short. Dropout takes XLA's.
     c.attention = "auto"
     # remat: what the backward pass computes again: none; attention, all but the products with weights and the fused
     # attention; fused, all but the fused attention; full; auto, the first of none, attention and full whose compiled

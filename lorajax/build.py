@@ -191,7 +191,10 @@ def attention(config: ConfigDict) -> Any:
     """`config.attention` as models know it; older runs have none."""
     known: Any = choose("attention", config.get("attention", ""), {
         "": None, "xla": "xla", "cudnn": "cudnn", "auto": "auto", "short": short_attention})
-    if known is short_attention and (split := {axis: n for axis, n in dict(config.mesh).items() if n != 1}):
+    split = {axis: n for axis, n in dict(config.mesh).items() if n != 1}
+    if known == "auto" and not split:
+        return short_attention
+    if known is short_attention and split:
         raise ConfigError(f"attention=short is for one device, and config.mesh has {split}: take attention=auto")
     if known == "cudnn" and jnp.dtype(compute_dtype(config)).itemsize > 2:
         raise ConfigError("attention=cudnn computes in 16 bits, and compute_dtype is float32: take attention=auto, "

@@ -1,5 +1,6 @@
 """Which attention a model computes: what 'auto' comes to, runs side by side, and what configs say."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ from tiny import glue_folder, model_folder
 
 from experiments import members
 from lorajax import build, config
-from lorajax.models import attention
+from lorajax.models import Bert, attention
 from lorajax.models.attention import attend, side_by_side
+from lorajax.models.short_attention import short_attention
 from lorajax.sweep import groups, launch
 
 
@@ -104,7 +106,10 @@ def test_cudnns_attention_of_runs_side_by_side() -> None:
 
 def test_configs_choose(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     c = config.load("configs/lora.py")
+    assert build.attention(c) is short_attention
+    c.mesh.data = 2
     assert build.attention(c) == "auto"
+    c.mesh.data = 1
     assert build.attention(config.load("configs/e2e.py")) is None  # decoders, whose masks no GPU has seen
     c.attention, c.compute_dtype = "cudnn", "bfloat16"
     assert build.attention(c) == "cudnn"
@@ -120,7 +125,11 @@ def test_configs_choose(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
              "max_length": 16, "batch": 4, "attention": "auto"}  # fmt: skip
     one = launch(trial)
     found = build.load_data(one.config)
-    assert build.load_model(one.config, found.task, jax.random.key(0)).net.config.attention == "auto"
+    assert build.load_model(one.config, found.task, jax.random.key(0)).net.config.attention is short_attention
     (group,) = groups([one], ["lr"], 2)
     monkeypatch.setattr(members, "LOADED", {})
-    assert members.prepared(members.shared_config(group)).model.net.config.attention is side_by_side
+    alone = members.prepared(members.shared_config(group)).model
+    assert alone.net.config.attention is short_attention
+    split = alone._replace(net=Bert(dataclasses.replace(alone.net.config, attention="auto")))  # as on a mesh
+    monkeypatch.setattr(build, "load_model", lambda *_: split)
+    assert members.load_model(one.config, found.task).net.config.attention is side_by_side
