@@ -86,8 +86,8 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.head_dropout = 0.0
     c.compute_dtype = "auto"
     c.scan_layers = False
-    # attention: auto is cudnn's fused kernel where it runs (NVIDIA GPUs, 16 bits), else JAX's choice, which '' is
-    # everywhere; xla, cudnn and short ask for one. Up to 128 tokens on one device it is short. Dropout takes XLA's.
+    # attention: auto is on one NVIDIA GPU, in 16 bits, a fused kernel (short's up to 128 tokens, cuDNN's above), else
+    # XLA's; xla, cudnn and short ask for one, '' for JAX's choice. Passes with attention dropout take XLA's.
     c.attention = "auto"
     # remat: what the backward pass computes again: none; attention, all but the products with weights and the fused
     # attention; fused, all but the fused attention; full; auto, the first of none, attention and full whose compiled

@@ -192,8 +192,8 @@ def attention(config: ConfigDict) -> Any:
     known: Any = choose("attention", config.get("attention", ""), {
         "": None, "xla": "xla", "cudnn": "cudnn", "auto": "auto", "short": short_attention})
     split = {axis: n for axis, n in dict(config.mesh).items() if n != 1}
-    if known == "auto" and not split:
-        return short_attention
+    if known == "auto":  # on a mesh XLA's: cuDNN's with a mask fails there unless the mask is split as the queries are
+        return None if split else short_attention
     if known is short_attention and split:
         raise ConfigError(f"attention=short is for one device, and config.mesh has {split}: take attention=auto")
     if known == "cudnn" and jnp.dtype(compute_dtype(config)).itemsize > 2:

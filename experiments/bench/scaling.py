@@ -3,7 +3,7 @@
     python -m experiments.bench.scaling --devices 2 --json scaling.json                   # two GPUs of one host
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.bench.scaling --runs tiny:one+data+data:4
 
-Random weights and tokens, LoRA of rank 16 on all linear layers, AdamW, bfloat16 on an accelerator, the
+Random weights and tokens, LoRA of rank 16 on all linear layers, AdamW, bfloat16 on an accelerator, decoders with the
 fused attention on a GPU; layers unrolled, nothing computed again (`--scan`: scanned, decoders with full remat, which
 compiles faster, and sums gradients over devices once a layer instead of once a step). All layouts of a model train the
 same global batch, so `speedup`, over one device with it, is strong scaling; the layout `share` is one device with what
@@ -73,11 +73,12 @@ def model(case: str, scan: bool) -> tuple[str, Any]:
     """(family, module) in the accelerator's own type."""
     kind: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     types: dict[str, Any] = {"dtype": kind, "param_dtype": kind, "scan_layers": scan}
-    types |= {"attention": "cudnn" if jax.default_backend() == "gpu" else None}
     if case.startswith("bert-base"):
         return "bert", Bert(BertConfig(hidden_dropout=0.0, attention_dropout=0.0, **types))
     shape: dict[str, Any] = dict(zip(NAMES, SHAPES[case], strict=True))
-    return "llama", Llama(LlamaConfig(**shape, **types, remat="full" if scan else "none"))
+    fused = "cudnn" if jax.default_backend() == "gpu" else None
+    how: dict[str, Any] = {"remat": "full" if scan else "none", "attention": fused}
+    return "llama", Llama(LlamaConfig(**shape, **types, **how))
 
 
 def loss_of(family: str, net: Any) -> Any:
