@@ -122,8 +122,9 @@ def glue(args: ConfigDict, lr: float = 0.0, lr_times: float = 1.0, **values: Any
     c.also = {}
     # The frozen base in fewer bits (lorajax.quant). format: nf4, fp4, int8, gguf (a GGUF file's own) or '' for none.
     # block: elements that share a scale, 0 for the format's own. double: the scales are quantised too. targets: which
-    # weights, as those of rules.
-    c.quant = {"format": "", "block": 0, "double": True, "targets": "all-linear"}
+    # weights, as those of rules. once: a regex on paths; under remat=full the recomputation and the backward pass of a
+    # layer share the dequantised form of these: quicker, for the memory of it in one layer (`lorajax.lift`).
+    c.quant = {"format": "", "block": 0, "double": True, "targets": "all-linear", "once": ""}
     # Adapters of earlier runs on the same base, frozen and summed with the new one (O-LoRA). folders: <run>/adapter
     # (several as in PATH). orth, l2: weights of the penalties.
     c.earlier = {"folders": "", "orth": 0.5, "l2": 0.0}

@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg, task="dolly", lr=2e-4, rank=64, targets="all-linear", epochs=1.0, batch=16, warmup=0.03, weight_decay=0.0,
         clip=0.3, schedule="constant", remat="full",
     )  # fmt: skip
-    c.quant.update(format="nf4", double=True)
+    c.quant.update(format="nf4", double=True, once=".*")
     if c.args.variant == "lora":
         c.variant.update(alpha=16.0, dropout=0.1)
     if c.optimizer.name == "adamw":

@@ -272,7 +272,8 @@ def tokens(batch: data.Batch) -> jax.Array:
 
 
 def make_loss(net: Bert, task: data.Task, c: Any, training: bool = True) -> Any:
-    train = lj.lift(noisy(Bert(net.config, deterministic=False).apply, c.neftune) if training else net.apply)
+    train = lj.lift(noisy(Bert(net.config, deterministic=False).apply, c.neftune) if training else net.apply,
+                    once=c.quant.once)
 
     def loss(bound: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = train(bound, *inputs(batch), rngs={"dropout": key})

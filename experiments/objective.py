@@ -29,7 +29,8 @@ def make_losses(
 
     def passes(net: Any, noise: float) -> tuple[Any, Any]:
         hidden = noisy(partial(net.apply, method="hidden"), noise, module="embed")
-        return lj.lift(hidden), lj.lift(noisy(net.apply, noise, module="embed"))
+        lift = partial(lj.lift, once=c.quant.once)
+        return lift(hidden), lift(noisy(net.apply, noise, module="embed"))
 
     noise = c.neftune if training else 0.0
     drawn, fixed = passes(loud, noise), passes(net, 0.0)

@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         made = calls(batches["train"].part(share), accumulate=c.accumulate, steps_per_call=n)
         lead, rows = (n > 1) + (c.accumulate > 1), c.batch // c.accumulate
         watch = Watch(n, place.whole)
-        learn = lambda model: make_loss(lj.lift(model.net.apply), found.task, c)  # noqa: E731
+        learn = lambda model: make_loss(lj.lift(model.net.apply, once=c.quant.once), found.task, c)  # noqa: E731
         fit = lambda: (state, frozen, place.batch(made(0), lead, rows), watch.good)  # noqa: E731
         loss = learn(fitted(c.remat, c.memory, model, lambda model: stepper(learn(model)), fit))
         step_fn = stepper(loss)

@@ -1,5 +1,6 @@
 """A quantised base from a config."""
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 
 import lorajax as lj
+from experiments import glue, objective
 from lorajax import build, config
 from lorajax.core.packed import unpacked
+from lorajax.data import TASKS
+from lorajax.models import Bert, BertConfig
 from lorajax.quant import NF4, Int8, Quantized
 from lorajax.shard.mesh import MeshError, make_mesh
 from lorajax.shard.placement import LOCAL, Placement
@@ -122,3 +126,18 @@ def test_the_benchmark_in_small() -> None:
     assert [row["base"] for row in rows] == ["nf4", "bfloat16"]
     assert rows[0]["base GiB"] < 0.6 * rows[1]["base GiB"]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.05)
+
+
+def test_what_is_dequantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's `once` reaches the lifted model of every pass that trains."""
+    asked: list[Any] = []
+    monkeypatch.setattr(lj, "lift", lambda fn, once=None: asked.append(once) or fn)
+    c = config.load("configs/qlora.py:smoke")
+    model: Any = SimpleNamespace(net=SimpleNamespace(apply=lambda *_: None, config=SimpleNamespace()), head="")
+    plan: Any = SimpleNamespace(plan={})
+    objective.make_losses(c, model, plan, True)
+    assert asked == [".*"] * 4
+    c = config.load("configs/lora.py")
+    c.quant.once = "up"
+    glue.make_loss(Bert(BertConfig()), TASKS["sst2"], c)
+    assert asked[4:] == ["up"]
