@@ -6,7 +6,9 @@ r"""AdaLoRA against LoRA at the same final budget, and where AdaLoRA keeps its r
 
 The budget is the average rank of a matrix at the end; AdaLoRA begins with 1.5 times as much (arXiv 2303.10512). The
 figure is `ranks.png`. watch: one run for each budget, which logs the ranks of every matrix 24 times on its way; the
-figures are the heat maps `budget-*.png`. Measured: not yet.
+figures are the heat maps `budget-*.png`.
+
+Measured (NVIDIA H200, JAX 0.11.2, 2026-11-22 to 2026-11-23): README.
 """
 
 from ml_collections import ConfigDict

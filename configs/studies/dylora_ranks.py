@@ -3,7 +3,9 @@ r"""DyLoRA in both its forms, scored at each of its ranks, against a LoRA traine
     python -m experiments.sweep --config configs/studies/dylora_ranks.py:task=sst2
     python -m experiments.sweep --config configs/studies/dylora_ranks.py:smoke
 
-The figure is `ranks.png`. DyLoRA's one run promises what R runs of LoRA give (arXiv 2210.07558). Measured: not yet.
+The figure is `ranks.png`. DyLoRA's one run promises what R runs of LoRA give (arXiv 2210.07558).
+
+Measured (NVIDIA H200, JAX 0.11.2, 2026-11-22 to 2026-11-23): README.
 """
 
 from ml_collections import ConfigDict

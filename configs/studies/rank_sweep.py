@@ -6,7 +6,7 @@ r"""Score against rank, LoRA at alpha / r and rank-stabilised: 2 scales x 7 rank
 
 Rank-stabilised alpha is 16 / sqrt(8), so that both scales agree at rank 8. The figure is `ranks.png`.
 
-Measured: not yet.
+Measured (NVIDIA H200, JAX 0.11.2, 2026-11-22 to 2026-11-23): README.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,9 @@ r"""What adapting attention only, the MLP only and all linear layers costs and g
     python -m experiments.sweep --config configs/studies/targets.py:smoke
 
 At rank 8, and with the ranks that give attention (18) and the MLP (14) the parameters of all linear layers at rank 8:
-331,776, 322,560 and 331,776 with MiniLM. The figure is `parameters.png`. Measured: not yet.
+331,776, 322,560 and 331,776 with MiniLM. The figure is `parameters.png`.
+
+Measured (NVIDIA H200, JAX 0.11.2, 2026-11-22): README.
 """
 
 from ml_collections import ConfigDict

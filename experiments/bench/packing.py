@@ -12,10 +12,10 @@ arrays of its own for adapter, optimizer, batch and learning rate; alone and pac
 once, which is told and not counted. A row for each `--how`: XLA's attention, cuDNN's, the compiler set otherwise.
 `--how short` is lorajax.models.short_attention, one kernel each way.
 
-Measured (one H200, JAX 0.11.2, 2026-11-22), ms of a run's step, packed and alone: MiniLM, 64 runs, cuDNN's attention
-0.253 and 0.953 (3.76 times), XLA's 0.263 and 1.077 (4.10; goals at most 0.22, and 4); BERT-base, 32 runs, 3.91 with
-cuDNN's, 4.69 with XLA's (goal at most 3.6), alone 5.13 in `experiments.bench.speed`. PEFT with CUDA graphs on the same
-machine that hour (there, too): 1.15 and 7.45. Compilation of a pack 8 to 17 s.
+Measured (one H200, JAX 0.11.2, 2026-11-23), ms of a run's step, packed and alone: MiniLM, 64 runs, short attention
+0.185 and 0.789 (4.26 times; goals at most 0.22, and 4), cuDNN's 0.251 and 0.929; BERT-base, 32 runs, 3.79 and, with
+cuDNN's, 3.92 (goal at most 3.6), alone 4.84 and 5.07 in `experiments.bench.speed`. PEFT with CUDA graphs on the same
+machine that hour (there, too): 1.11 and 7.24. Compilation of a pack 10 to 17 s.
 """
 
 import argparse
