@@ -35,7 +35,8 @@ def pull(how: Any) -> Any:
 
 def on(monkeypatch: pytest.MonkeyPatch, backend: str, kind: str) -> None:
     monkeypatch.setattr(attention.jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(attention.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(attention.jax, "devices", lambda: [SimpleNamespace(
+        device_kind=kind, compute_capability="7.5" if "T4" in kind else "9.0")])
 
 
 @pytest.mark.parametrize(("backend", "kind", "dtype", "size", "expected"), [
@@ -44,6 +45,7 @@ def on(monkeypatch: pytest.MonkeyPatch, backend: str, kind: str) -> None:
     ("gpu", "NVIDIA H200", jnp.float32, 64, None),
     ("gpu", "NVIDIA H200", jnp.bfloat16, 12, None),
     ("gpu", "NVIDIA H200", jnp.bfloat16, 256, None),
+    ("gpu", "NVIDIA T4", jnp.float16, 64, None),
     ("gpu", "AMD Instinct MI300X", jnp.bfloat16, 64, None),
     ("tpu", "TPU v5e", jnp.bfloat16, 64, None),
     ("cpu", "cpu", jnp.bfloat16, 64, None),

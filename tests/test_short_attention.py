@@ -79,7 +79,8 @@ def test_runs_side_by_side_are_the_runs_and_one_kernel() -> None:
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention.jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
+    monkeypatch.setattr(attention.jax, "devices", lambda: [SimpleNamespace(
+        device_kind="NVIDIA H200", compute_capability="9.0")])
 
 
 @pytest.mark.parametrize(("shape", "how", "ours"), [

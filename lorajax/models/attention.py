@@ -71,11 +71,14 @@ def attend(
 
 
 def cudnn_fits(q: jax.Array, k: jax.Array, masked: bool) -> bool:
-    """Whether cuDNN's attention runs here: an NVIDIA GPU, 16 bits, heads of 8, 16, ..., 128 and, with a mask or bias,
-    even lengths."""
+    """Whether cuDNN's attention runs here: an NVIDIA GPU from Ampere on, 16 bits, heads of 8, 16, ..., 128 and, with a
+    mask or bias, even lengths."""
     shapes = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     shapes = shapes and not (masked and (q.shape[1] % 2 or k.shape[1] % 2))
-    return shapes and jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
+    if not shapes or jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    return "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8.0
 
 
 def side_by_side(
