@@ -132,8 +132,10 @@ def main(argv: list[str]) -> None:
                 for first in widths(batches[split], range(len(batches[split]))).values():
                     compiling(predict, state.trainable, frozen, batches[split].batch(0, first), None)
 
-        if place.mesh is None and c.remat != "auto":
-            programs()  # of the shapes of arrays that are still to come
+        # Of the shapes of arrays that are still to come, which do not say which of them lie in the host's memory.
+        early = place.mesh is None and c.remat != "auto" and c.optimizer.name != "adamw_paged"
+        if early:
+            programs()
         print(adapt.on(model.variables), flush=True)
         labels = [found.splits[name].labels for name in (found.task.evaluation[0], "train")]
         baselines = {"majority class": data.majority(found.task, labels[1], labels[0])}
@@ -162,8 +164,8 @@ def main(argv: list[str]) -> None:
             model = fitted(c.remat, c.memory, model, lambda model: stepper(learn(model)), fit)
             loss = learn(model)
             step_fn = Ready(stepper(loss))
-            if place.mesh is None:
-                programs()
+        if place.mesh is None and not early:
+            programs()
         widest: Any = None  # the longest batch, whose program needs the most memory
 
         def sound(state: Any, behind: int = 0) -> None:
@@ -206,11 +208,12 @@ def main(argv: list[str]) -> None:
                     better = scores[found.task.headline] > best["scores"].get(found.task.headline, -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if stop.now() or improved or step % save_every == 0 or step == total:
+                leaving = stop.now()
+                if leaving or improved or step % save_every == 0 or step == total:
                     sound(state)
                     with bar.aside("checkpoints"):
                         saved.save(step, state, best, best=improved)
-                if stop:
+                if leaving:
                     saved.wait()
                     print(f"{stop.signal}: saved at step {step} of {total}; the same command resumes it", flush=True)
                     raise SystemExit(EXIT_INTERRUPTED)

@@ -21,6 +21,7 @@ from lorajax import build, config, data, sweep
 from lorajax.control import Controller
 from lorajax.models import Bert
 from lorajax.models.attention import side_by_side
+from lorajax.models.short_attention import short_attention, short_side_by_side
 from lorajax.shard import hosts
 from lorajax.train.pack import Parts
 from lorajax.train.run import run_folder, write_json
@@ -109,9 +110,10 @@ def prepared(c: ConfigDict) -> Prepared:
 
 def load_model(c: ConfigDict, task: Any) -> build.Model:
     model = build.load_model(c, task, jax.random.key(0))
-    if model.net.config.attention not in ("cudnn", "auto"):
+    packed = {"cudnn": side_by_side, short_attention: short_side_by_side}.get(model.net.config.attention)
+    if packed is None:
         return model
-    return model._replace(net=Bert(dataclasses.replace(model.net.config, attention=side_by_side)))
+    return model._replace(net=Bert(dataclasses.replace(model.net.config, attention=packed)))
 
 
 def once(key: Any, read: Callable[[], Any]) -> Any:

@@ -99,7 +99,8 @@ def per_device(n: int, parts: int, what: str, axes: str) -> int:
 
 def activations(c: Any, settings: LlamaConfig, rows: int) -> int:
     # Of one device, at the fullest point of a step.
-    known = {"": None, "xla": None, "cudnn": fused_attention, "auto": fused_attention}
+    known = {"": None, "xla": None, "cudnn": fused_attention, "short": fused_attention}
+    known["auto"] = None if set(dict(c.mesh).values()) - {1} else fused_attention  # as build.attention has it
     fused = config.choose("attention", c.attention, known)
     if "rank" in c.variant:  # no rank is above the side of a device's part of a weight
         c = c.copy_and_resolve_references()

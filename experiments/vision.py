@@ -166,11 +166,12 @@ def main(argv: list[str]) -> None:
                     better = scores["accuracy"] > best["scores"].get("accuracy", -np.inf)
                     improved = better and step >= controller.settled
                     best = {"step": step, "scores": scores, "views": views} if improved else best
-                if stop.now() or improved or step % save_every == 0 or step == total:
+                leaving = stop.now()
+                if leaving or improved or step % save_every == 0 or step == total:
                     sound(state)
                     with bar.aside("checkpoints"):
                         saved.save(step, state, best, best=improved)
-                if stop:
+                if leaving:
                     saved.wait()
                     print(f"{stop.signal}: saved at step {step} of {total}; the same command resumes it", flush=True)
                     raise SystemExit(EXIT_INTERRUPTED)

@@ -191,10 +191,11 @@ def attention(config: ConfigDict) -> Any:
     """`config.attention` as models know it; older runs have none."""
     known: Any = choose("attention", config.get("attention", ""), {
         "": None, "xla": "xla", "cudnn": "cudnn", "auto": "auto", "short": short_attention})
-    split = {axis: n for axis, n in dict(config.mesh).items() if n != 1}
+    mesh = make_mesh(dict(config.mesh)) if known in ("auto", short_attention) else None
     if known == "auto":  # on a mesh XLA's: cuDNN's with a mask fails there unless the mask is split as the queries are
-        return None if split else short_attention
-    if known is short_attention and split:
+        return short_attention if mesh is None else None
+    if mesh is not None:
+        split = {axis: n for axis, n in dict(mesh.shape).items() if n > 1}
         raise ConfigError(f"attention=short is for one device, and config.mesh has {split}: take attention=auto")
     if known == "cudnn" and jnp.dtype(compute_dtype(config)).itemsize > 2:
         raise ConfigError("attention=cudnn computes in 16 bits, and compute_dtype is float32: take attention=auto, "

@@ -14,7 +14,7 @@ from experiments import members
 from lorajax import build, config
 from lorajax.models import Bert, attention
 from lorajax.models.attention import attend, side_by_side
-from lorajax.models.short_attention import short_attention
+from lorajax.models.short_attention import short_attention, short_side_by_side
 from lorajax.sweep import groups, launch
 
 
@@ -131,7 +131,7 @@ def test_configs_choose(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (group,) = groups([one], ["lr"], 2)
     monkeypatch.setattr(members, "LOADED", {})
     alone = members.prepared(members.shared_config(group)).model
-    assert alone.net.config.attention is short_attention
+    assert alone.net.config.attention is short_side_by_side
     # cuDNN's own, asked for in a pack, is what a vmap can take.
     asked = alone._replace(net=Bert(dataclasses.replace(alone.net.config, attention="cudnn")))
     monkeypatch.setattr(build, "load_model", lambda *_: asked)

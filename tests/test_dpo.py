@@ -201,7 +201,8 @@ def test_dropout_and_noise_are_the_policys_alone():
     sites = lj.sites(case.model.apply, case.params, batch["input_ids"][:, 0])
     adapt = lj.adapt(sites, [(".*/kernel", lj.LoRA(rank=2))])
     trainable, frozen = jax.jit(adapt.init)(jax.random.key(0), case.params)
-    c = ConfigDict({"neftune": 5.0, "packing": False, "dpo": {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}})
+    c = ConfigDict({"neftune": 5.0, "packing": False, "quant": {"once": ""},
+                    "dpo": {"beta": 0.1, "kind": "dpo", "label_smoothing": 0.0}})
 
     def told(training, key):
         loss = make_dpo(c, model, adapt, training)

@@ -23,6 +23,7 @@ from lorajax import start as start_module
 from lorajax.data.feed import ahead
 from lorajax.io import adapter
 from lorajax.models import adapter_names
+from lorajax.optim import offload
 from lorajax.shard import hosts
 from lorajax.train.run import Run, RunError
 
@@ -136,6 +137,21 @@ def test_several_steps_in_a_call_take_the_same_steps(files, tmp_path):
     four = {row["step"]: row["loss"] for row in rows(tmp_path / "four") if "loss" in row}
     assert sorted(four) == [4, 8, 12, 16]
     np.testing.assert_allclose([four[s] for s in four], [one[s] for s in four], rtol=1e-5)
+
+
+def test_states_in_the_hosts_memory_take_the_same_steps(files, tmp_path):
+    """Where the optimizer's state lies is no part of a shape: its programs are compiled for the arrays themselves."""
+    try:
+        offload.require()
+    except ValueError as error:
+        pytest.skip(str(error))
+    for name in ("adamw", "adamw_paged"):
+        glue.main(words(files, tmp_path / name, "lora", ",rank=2,targets=qv", "--config.probe=false",
+                        f"--config.optimizer.name={name}"))  # fmt: skip
+    one, other = (rows(tmp_path / name) for name in ("adamw", "adamw_paged"))
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    losses = [[row["loss"] for row in found if "loss" in row] for found in (one, other)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(files, tmp_path, monkeypatch, capsys):

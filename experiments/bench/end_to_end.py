@@ -7,7 +7,7 @@ bfloat16 on a GPU. The commands one after the other, each alone; lorajax twice, 
 then with the one that it left. `start` is the part of the seconds from the end of the imports to the loop, `loop` that
 from the first step to the last, evaluations and checkpoints included; `compiling` the part of the loop that waited for
 a program of the step, `waited` the most of it that the device can have stood idle for want of a batch. Ours pads all to
-one length: a step of MiniLM takes the time of its kernels' launches, and each length would be a program to compile.
+one length: each further one is a program to compile (not compared with four of them).
 The accuracies stand beside the times: the recipes are alike but for what each framework does itself (PEFT's side has
 BERT's pooler and pads to the longest of a batch; ours pools by the mean).
 """

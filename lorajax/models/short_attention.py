@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from lorajax.models.attention import cudnn_fits, side_by_side
+from lorajax.models.attention import attend, cudnn_fits, side_by_side
 
 LONGEST = 128
 """Most queries or keys: the probabilities and their cotangents, in float32, are held in registers."""
@@ -27,16 +27,22 @@ LONGEST = 128
 
 def short_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, mask: Any = None, bias: Any = None, causal: bool = False,
-    window: int | None = None, scale: float | None = None,
+    window: int | None = None, scale: float | None = None, otherwise: Any = None,
 ) -> jax.Array:  # fmt: skip
-    """For `Execution.attention`, also where runs are vmapped: `attend` as one block a head where `fits` says so, else
-    `side_by_side`. Not for arrays that are split over a mesh: the compiler would gather them."""
+    """For `Execution.attention`: `attend` as one block a head where `fits` says so, else `otherwise`, None for
+    what 'auto' is. Not for arrays that are split over a mesh: the compiler would gather them."""
     if causal or not fits(q, k, mask, bias):
-        return side_by_side(q, k, v, mask=mask, bias=bias, causal=causal, window=window, scale=scale)
+        otherwise = otherwise or partial(attend, implementation="auto")
+        return otherwise(q, k, v, mask=mask, bias=bias, causal=causal, window=window, scale=scale)
     rows, keys = q.shape[0], k.shape[1]
     seen = jnp.ones((rows, keys), jnp.int32) if mask is None else mask[:, 0, 0].astype(jnp.int32)
     seen = jnp.broadcast_to(seen, (rows, keys))
     return attend_block(q, k, v, seen, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def short_side_by_side(q: jax.Array, k: jax.Array, v: jax.Array, **how: Any) -> jax.Array:
+    """The same where runs are vmapped: else `side_by_side`."""
+    return short_attention(q, k, v, otherwise=side_by_side, **how)
 
 
 def fits(q: jax.Array, k: jax.Array, mask: Any, bias: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -35,8 +36,13 @@ def compile_cache() -> None:
 
 
 def wake() -> None:
-    """Begins to use the devices, in a thread: on a GPU this takes seconds, in which data can be read."""
-    threading.Thread(target=lambda: jax.device_put(0), name="wake").start()
+    """Begins to use the devices, in a thread: on a GPU this takes seconds, in which data can be read. What fails here
+    fails again, and is told, at their first use."""
+    def begin() -> None:
+        with contextlib.suppress(Exception):
+            jax.device_put(0)
+
+    threading.Thread(target=begin, name="wake").start()
 
 
 class Ready:
