@@ -150,3 +150,8 @@ def test_on_a_mesh_by_hand() -> None:
     got, want = (jax.jit(jax.grad(fn))(trainable, frozen, x) for fn in (split, loss))
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_regular_expression() -> None:
+    with pytest.raises(ValueError, match=r"once='\*up' is not a regular expression.*'\.\*' is every weight"):
+        lj.lift(jnp.sin, once="*up")

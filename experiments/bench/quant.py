@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--scan", action="store_true")
-    parser.add_argument("--once", help="weights dequantised once a backward pass: a regular expression, as of lj.lift")
+    parser.add_argument("--once", default="", help="weights dequantised once a backward pass, as of lj.lift")
     parser.add_argument("--attention", choices=("xla", "cudnn"), help="on a GPU cudnn, if it is not said")
     parser.add_argument("--rows", nargs="+", default=["nf4:adamw", "bfloat16:adamw"], help="base:optimizer")
     parser.add_argument("--steps", type=int, default=10)

@@ -7,6 +7,7 @@ traced program matters, the model needs no change and no naming convention.
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +28,7 @@ class StrictLiftError(RuntimeError):
     """`lift(f, strict=True)` met an operation that needs a merged weight."""
 
 
-ONCE = ""
-"""What `lift` takes for `once` where it is not told; ".*" is every weight."""
-
-
-def lift(fn: Callable[..., Any], *, strict: bool = False, once: str | None = None) -> Callable[..., Any]:
+def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "") -> Callable[..., Any]:
     """`fn` with bound weights allowed anywhere in its arguments; with none it is `fn` itself.
 
     The result composes with jit, grad, vmap, checkpoint and meshes. Each un-jitted call traces `fn` anew, so call it
@@ -41,8 +38,14 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, once: str | None = Non
     strict: raise `StrictLiftError` instead of warning. once: a regular expression; a layer of which nothing is kept for
     the backward pass (`remat='full'`) dequantises quantised weights whose path it matches once for its recomputation
     and its backward pass, in place of once for each: quicker, at the memory of their dense form in one layer
-    (`lorajax.core.layerwise`). None: `ONCE`.
+    (`lorajax.core.layerwise`). ".*" is every weight, "" none. Raises ValueError for what is no regular expression.
     """
+
+    try:
+        re.compile(once)
+    except re.error as error:
+        raise ValueError(f"once={once!r} is not a regular expression on the paths of weights ({error}): '.*' is every "
+                         f"weight, '' none") from None
 
     @functools.wraps(fn)
     def lifted(*args, **kwargs):
@@ -71,7 +74,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, once: str | None = Non
                 warnings.warn(text, MaterialisedWeight, stacklevel=2)
 
         told: set[tuple[str, ...]] = set()
-        run = Interpreter(report, ONCE if once is None else once)
+        run = Interpreter(report, once)
         results = run.closed(jaxpr, [leaves[i] for i in slots])
         results = [run.merge(r, None, "what a function returns is arrays") for r in results]
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
