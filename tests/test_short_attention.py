@@ -77,6 +77,21 @@ def test_runs_side_by_side_are_the_runs_and_one_kernel() -> None:
                                                              "dot_product_attention_bwd_block"]
 
 
+def test_nothing_as_wide_as_the_scores_is_transposed() -> None:
+    """The compiler would make the softmax a second time for it."""
+    q, seen = jnp.zeros((2, 64, 3, 16)), jnp.ones((2, 32), jnp.int32)
+    k = q[:, :32]
+    kernel = partial(short_attention._backward_call, scale=0.3, interpret=True)
+    found = list(jaxprs.equations(jaxprs.trace(kernel, q, k, k, seen, q)))
+    turned = [eqn.invars[0].aval.shape for eqn in found if eqn.primitive.name == "transpose"]
+    for eqn in found:
+        if eqn.primitive.name == "dot_general":
+            (of_a, of_b), _ = eqn.params["dimension_numbers"]
+            turned += [x.aval.shape for x, of, plain in zip(eqn.invars, (of_a, of_b), (1, 0), strict=True)
+                       if tuple(of) != (plain,)]  # fmt: skip
+    assert turned and not {(64, 32), (32, 64)} & set(turned)
+
+
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention.jax, "devices", lambda: [SimpleNamespace(

@@ -136,30 +136,34 @@ def _warps(tokens: int, keys: int) -> int:
 def _forward_block(*refs: Any, scale: float, sizes: Any) -> None:
     q_ref, k_ref, v_ref, seen_ref, out_ref = refs
     q, k, v = _read(q_ref, sizes[0]), _read(k_ref, sizes[1]), _read(v_ref, sizes[1])
-    p, _ = _probabilities(q, k, seen_ref, scale, sizes[1])
-    _write(out_ref, _dot(p.astype(v.dtype), v, 1, 0), sizes[0])
+    e, _ = _exponentials(q, k, seen_ref, scale, sizes[1])
+    _write(out_ref, _dot(e.astype(v.dtype), v, 1, 0) * (1 / jnp.sum(e, -1))[:, None], sizes[0])
 
 
 def _backward_block(*refs: Any, scale: float, sizes: Any) -> None:
+    """The products for dk and dv are their transposes': XLA takes a transpose of the probabilities or their cotangents
+    back through all that they are made of, and the kernel would make each a second time, transposed."""
     q_ref, k_ref, v_ref, by_ref, seen_ref, dq_ref, dk_ref, dv_ref = refs
     q, k, v = _read(q_ref, sizes[0]), _read(k_ref, sizes[1]), _read(v_ref, sizes[1])
     by = _read(by_ref, sizes[0])
-    p, seen = _probabilities(q, k, seen_ref, scale, sizes[1])
-    _write(dv_ref, _dot(p.astype(by.dtype), by, 0, 0), sizes[1])
+    e, sees = _exponentials(q, k, seen_ref, scale, sizes[1])
+    p = e * (1 / jnp.sum(e, -1))[:, None]
+    _write(dv_ref, _dot(by, p.astype(by.dtype), 0, 0).T, sizes[1])
     dp = _dot(by, v, 1, 1)
-    ds = jnp.where(seen, p * (dp - jnp.sum(p * dp, -1, keepdims=True)) * scale, 0.0).astype(q.dtype)
+    ds = p * (dp - jnp.sum(p * dp, -1)[:, None]) * jnp.where(sees, jnp.float32(scale), 0.0)[:, None]
+    ds = ds.astype(q.dtype)
     _write(dq_ref, _dot(ds, k, 1, 0), sizes[0])
-    _write(dk_ref, _dot(ds, q, 0, 0), sizes[1])
+    _write(dk_ref, _dot(q, ds, 0, 0).T, sizes[1])
 
 
-def _probabilities(q: jax.Array, k: jax.Array, seen_ref: Any, scale: float, keys: int) -> tuple[jax.Array, jax.Array]:
-    """float32, 0 where the block is wider than the keys; and which keys are seen, (1, S)."""
-    column = jnp.arange(k.shape[0])[None, :]
-    seen = _load(seen_ref, column[0] < keys, 0)[None, :] > 0
-    least = jnp.where(column < keys, jnp.float32(-1e30), -jnp.inf)
-    logits = jnp.where(seen, _dot(q, k, 1, 1) * (scale * math.log2(math.e)), least)
-    p = jnp.exp2(logits - jnp.max(logits, -1, keepdims=True))
-    return p / jnp.sum(p, -1, keepdims=True), seen
+def _exponentials(q: jax.Array, k: jax.Array, seen_ref: Any, scale: float, keys: int) -> tuple[jax.Array, jax.Array]:
+    """The probabilities before they are divided by each row's sum, (T, S) float32, 0 where the block is wider than the
+    keys; and which rows see a key, (T,)."""
+    real = jnp.arange(k.shape[0]) < keys
+    where = jnp.where(_load(seen_ref, real, 0) > 0, 0.0, jnp.where(real, jnp.float32(-1e30), -jnp.inf))
+    logits = where[None, :] + _dot(q, k, 1, 1)
+    most = jnp.max(logits, -1)
+    return jnp.exp2((logits - most[:, None]) * (scale * math.log2(math.e))), most > -1e29
 
 
 def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
