@@ -119,7 +119,7 @@ def _call(kernel: Any, arrays: list[jax.Array], seen: jax.Array, like: list[jax.
         in_specs=[*map(block, arrays), pl.BlockSpec((None, _side(keys)), lambda n, b: (b, 0))],
         out_specs=[block(x) for x in like],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-        compiler_params=triton.CompilerParams(num_warps=_warps(tokens, keys), num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_warps(tokens, keys, rows * heads), num_stages=1),
         name="short_attention" + kernel.func.__name__, interpret=interpret,
     )(*arrays, seen)  # fmt: skip
 
@@ -129,8 +129,9 @@ def _side(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _warps(tokens: int, keys: int) -> int:
-    return 8 if max(tokens, keys) > 64 else 4
+def _warps(tokens: int, keys: int, programs: int) -> int:
+    """Of many programs two at a time do more on a processor, though a few numbers do not fit into their registers."""
+    return 8 if max(tokens, keys) > 64 and programs < 2048 else 4
 
 
 def _forward_block(*refs: Any, scale: float, sizes: Any) -> None:
