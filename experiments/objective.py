@@ -11,6 +11,7 @@ import numpy as np
 import lorajax as lj
 from experiments.neftune import noisy
 from lorajax import data, language
+from lorajax.build import kernels
 from lorajax.core.bound import is_bound
 from lorajax.core.packed import unpacked
 from lorajax.models.frozen_head import frozen_head_log_probs, frozen_head_loss
@@ -29,7 +30,7 @@ def make_losses(
 
     def passes(net: Any, noise: float) -> tuple[Any, Any]:
         hidden = noisy(partial(net.apply, method="hidden"), noise, module="embed")
-        lift = partial(lj.lift, once=c.quant.once)
+        lift = partial(lj.lift, once=c.quant.once, kernels=kernels(c))
         return lift(hidden), lift(noisy(net.apply, noise, module="embed"))
 
     noise = c.neftune if training else 0.0

@@ -203,6 +203,12 @@ def attention(config: ConfigDict) -> Any:
     return known
 
 
+def kernels(config: ConfigDict) -> str:
+    """`config.kernels` as `lift` knows it, which takes no arrays that are split over a mesh; older runs have none."""
+    known = choose("kernels", config.get("kernels", ""), {"": "", "auto": "triton"})
+    return known if make_mesh(dict(config.mesh)) is None else ""
+
+
 def with_head(model: Model, key: jax.Array) -> dict[str, Any]:
     """`model.variables` with the head that `load_model` would draw from `key`; the pretrained arrays are the same."""
     flat = traverse_util.flatten_dict(model.variables, sep="/")

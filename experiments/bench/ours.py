@@ -113,7 +113,7 @@ def build(
 
         trainable[path] = adapter._replace(**{leaf: factor(leaf) for leaf in ("A", "B") if leaf in adapter._fields})
 
-    loss = make_loss(work, net, adapt)
+    loss = make_loss(work, net, adapt, "" if "plain" in layers else "auto")
     tx = optim.adamw(RATE, weight_decay=0.01)
     step = make_step(loss, adapt, tx, clip=None, steps_per_call=steps_per_call)
     if steps_per_call > 1:
@@ -122,10 +122,10 @@ def build(
                  adapt, net)
 
 
-def make_loss(work: Work, net: Any, adapt: lj.Adapt) -> Any:
+def make_loss(work: Work, net: Any, adapt: lj.Adapt, kernels: str = "") -> Any:
     c: Any = config.load("configs/lora.py")
     c.unlock()
-    c.packing = False
+    c.update(packing=False, kernels=kernels)
     if work.decoder:
         return objective.make_sft(c, language.Model(net, {}, (), None, None, "", "", "", LOCAL), adapt)
     return glue.make_loss(net, TASKS["sst2"], c)

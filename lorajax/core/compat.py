@@ -106,6 +106,12 @@ def shardings_given(eqn: Any) -> bool:
     return any(eqn.params["donated_invars"]) or any(type(s).__name__ != "UnspecifiedValue" for s in given)
 
 
+def triton_gpu() -> bool:
+    """Whether programs are compiled for an NVIDIA GPU on which Triton multiplies in 16 bits (Ampere and later)."""
+    device = jax.devices()[0]
+    return jax.default_backend() == "gpu" and "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8.0
+
+
 def explicit_mesh(*arrays: Any) -> jax.sharding.AbstractMesh | None:
     """The mesh of the first array that lives on one with explicit axes (sharding in types), or None."""
     for array in arrays:

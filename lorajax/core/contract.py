@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lorajax.core import compat
 from lorajax.core.bound import RANK, Bound, Factor, Term, dense, wide
+from lorajax.core.gated import WIDEST, Waiting
 from lorajax.core.labelled import FREE, Labelled, meet, times
 from lorajax.core.packed import is_packed, moved, product
 from lorajax.core.routed import gated, weighed
@@ -56,8 +57,9 @@ def scale(y: jax.Array, g: jax.Array) -> jax.Array:
     return (y.astype(compute) * g.astype(compute)).astype(y.dtype)
 
 
-def dot_general(eqn, left, right, hidden: Any = None) -> jax.Array:
-    """x W' for any dimension numbers, the weight on either side. hidden: of `lorajax.core.siblings.Ahead`."""
+def dot_general(eqn, left, right, hidden: Any = None, wait: bool = False) -> jax.Array | Waiting:
+    """x W' for any dimension numbers, the weight on either side. hidden: of `lorajax.core.siblings.Ahead`. wait: what
+    reads the result can add the update itself (`lorajax.core.gated`)."""
     if isinstance(left, Bound) and isinstance(right, Bound):
         raise Decline("a product of two weights")
     node_left = isinstance(left, Bound)
@@ -98,10 +100,33 @@ def dot_general(eqn, left, right, hidden: Any = None) -> jax.Array:
         if term.a is not None and term.b is not None:
             given = None if hidden is None or hidden[i] is None else Labelled(hidden[i], (*free_x, RANK))
             b = term.b if last is None else term.bare
+            if wait and mesh is None and not compat.varying(y) and term is node.terms[-1] and term.only is None:
+                parts = components(term, term.a, b, xt, x, out, set(nc), node_left, mesh, how, given)
+                if (later := _waiting(*parts[:3], y, out, last)) is not None:
+                    return later
             update = low_rank(term, term.a, b, xt, x, out, set(nc), node_left, mesh, y, how, given)
             y = y + for_tokens(term, update.astype(y.dtype), 0, out, sizes, node.path)
     y = checkpoint_name(y, PRODUCT)
     return y if last is None else scale(y, last.spread(out))
+
+
+def _waiting(hidden: Labelled, second: Labelled, o: Factor | None, y: jax.Array, out: tuple[int, ...],
+             g: Factor | None) -> Waiting | None:
+    """(y + hidden second) g for who reads it to add up; None where that is no product of two matrices."""
+    *rows, column = out
+    if o is not None or hidden.labels != (*rows, RANK) or {*second.labels} != {RANK, column} or (
+            g is not None and g.dims != (column,)) or second.array.size > WIDEST * y.shape[-1]:
+        return None
+    b = Factor(*second).spread((RANK, column))
+    return Waiting(checkpoint_name(y, PRODUCT), hidden.array.astype(y.dtype), b.astype(y.dtype),
+                   None if g is None else g.array)
+
+
+def added(x: Waiting) -> jax.Array:
+    """What a product that waits stands for."""
+    update = lax.dot_general(x.h.reshape(-1, x.h.shape[-1]), x.b, (((1,), (0,)), ((), ())))
+    y = x.y + update.reshape(x.y.shape)
+    return y if x.g is None else scale(y, x.g)
 
 
 def _last(node: Bound, contracted: set[int]) -> Factor | None:
@@ -151,6 +176,21 @@ def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled,
              contracted: set[int], node_left: bool, mesh: Any, y: jax.Array, how: dict[str, Any],
              given: Labelled | None = None) -> jax.Array:
     """s ((x a) e) b o in the dimensions `out`, whichever factor spans the contracted dimensions first. given: x a."""
+    hidden, second, o, spec = components(term, a, b, x, undropped, out, contracted, node_left, mesh, how, given)
+    if mesh is not None:
+        spec = dict(zip(out, compat.place(y), strict=True))
+    pair = (second, hidden) if node_left else (hidden, second)
+    update = meet(*pair, set(out), mesh, spec, **how)
+    update = update if o is None else times(update, o)
+    array = Factor(*update).spread(out) if update.labels != tuple(out) else update.array
+    return array if array.shape == y.shape else jnp.broadcast_to(array, y.shape)
+
+
+def components(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled, out: tuple[int, ...],
+               contracted: set[int], node_left: bool, mesh: Any, how: dict[str, Any],
+               given: Labelled | None = None) -> tuple[Labelled, Labelled, Factor | None, Any]:
+    """The rank components s (x a) e of the update, the factor that they meet next, the scale after that, and where the
+    dimensions of all lie."""
     factors = sorted((a, b), key=lambda f: -_spanned(f, contracted))
     first, second = (Labelled(f.astype(x.array.dtype).array, f.dims) for f in factors)
     spec = _specs(mesh, x, first, second, *[Labelled(f.array, f.dims) for f in (term.e, term.o) if f is not None])
@@ -168,13 +208,7 @@ def low_rank(term: Term, a: Factor, b: Factor, x: Labelled, undropped: Labelled,
     elif term.router is not None and term.gate is not None:
         hidden = gated(term, term.router, term.gate.function, hidden, undropped, contracted, {*out, RANK}, mesh, spec,
                        how)
-    if mesh is not None:
-        spec = dict(zip(out, compat.place(y), strict=True))
-    pair = (second, hidden) if node_left else (hidden, second)
-    update = meet(*pair, set(out), mesh, spec, **how)
-    update = update if o is None else times(update, o)
-    array = Factor(*update).spread(out) if update.labels != tuple(out) else update.array
-    return array if array.shape == y.shape else jnp.broadcast_to(array, y.shape)
+    return hidden, second, o, spec
 
 
 def _spanned(f: Factor, dims: set[int]) -> int:
@@ -345,6 +379,6 @@ def ragged_dot(eqn, x, node, *sizes) -> jax.Array:
 
 RULES: dict[str, Any] = {"dot_general": dot_general, "conv_general_dilated": conv, "gather": gather,
                          "ragged_dot_general": ragged_dot, "ragged_dot": ragged_dot}
-SHARED = {name: jax.jit(rule, static_argnums=0) for name, rule in RULES.items()}
+SHARED = {name: jax.jit(rule, static_argnums=(0, 4) if rule is dot_general else 0) for name, rule in RULES.items()}
 """The same rules as functions that equal layers share: traced and differentiated once, so that an unrolled model with
 adapters has no more equations to differentiate than one without."""

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lorajax.core import compat, contract, siblings, structure
-from lorajax.core.bound import RANK, Factor, dense, is_bound
+from lorajax.core import compat, contract, gated_kernel, siblings, structure
+from lorajax.core.bound import RANK, Bound, Factor, dense, is_bound
+from lorajax.core.gated import WIDEST, Gates, Waiting
 from lorajax.core.layerwise import layerwise
 from lorajax.core.packed import is_packed
 from lorajax.core.siblings import Siblings
@@ -26,11 +27,11 @@ Report = Callable[[str, str, str, str], None]
 
 
 class Interpreter:
-    """One evaluation: where to report, which weights are unpacked `once` (`lorajax.core.layerwise`), and the jitted
-    layers already rebuilt (identical layers share one)."""
+    """One evaluation: where to report, which weights are unpacked `once` (`lorajax.core.layerwise`), with which
+    `kernels` (`lorajax.core.gated`), and the jitted layers already rebuilt (identical layers share one)."""
 
-    def __init__(self, report: Report, once: str = ""):
-        self.report, self.once = report, once
+    def __init__(self, report: Report, once: str = "", kernels: str = ""):
+        self.report, self.once, self.kernels = report, once, kernels
         self.jitted: dict[int, tuple[Any, Any]] = {}
         self.around: list[Any] = []
         """The equations that the current one stands in, outermost first."""
@@ -44,7 +45,7 @@ class Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
         stack = compat.name_stack()
 
-        together, makers = Siblings(jaxpr), dict[Any, Any]()
+        together, gates, makers = Siblings(jaxpr), Gates(jaxpr, self.kernels), dict[Any, Any]()
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
@@ -52,14 +53,37 @@ class Interpreter:
         def evaluate(eqn):
             values, hidden = [read(atom) for atom in eqn.invars], list[Any]()
             with compat.scope(eqn, stack):
-                if not any(map(is_bound, values)):
+                if any(isinstance(v, Waiting) for v in values):
+                    results = opened(eqn, values)
+                elif not any(map(is_bound, values)):
                     results = compat.bind(eqn, values)
                 else:
                     if eqn.primitive.name == "dot_general" and not is_bound(values[0]):
                         fn = siblings.products if self.depth else siblings.shared
                         values[0], *hidden = together.ahead(eqn, values[0], weight, fn)
+                        hidden = [*hidden, True] if id(eqn) in gates.products else hidden
                     results = self.apply(eqn, values, *hidden)
             env.update(zip(eqn.outvars, results, strict=True))
+
+        def opened(eqn, values):
+            """What reads a product that waits: a silu hands it on; a gate is one kernel if both its sides wait, which
+            makes x A of the next product too, else they are added up."""
+            if id(eqn) in gates.silus:
+                return values
+            side, reader = gates.sides[id(eqn)]
+            gate, up = values[side], values[1 - side]
+            if not (isinstance(gate, Waiting) and isinstance(up, Waiting)):
+                gate = jax.nn.silu(contract.added(gate)) if isinstance(gate, Waiting) else gate
+                return [gate * (contract.added(up) if isinstance(up, Waiting) else up)]
+            node, a = None if reader is None else weight(reader.invars[1]), None
+            if isinstance(node, Bound) and len(node.terms) == 1:
+                (_, contracted), _ = reader.params["dimension_numbers"]
+                f = siblings.first(node.terms[0], contracted)
+                a = None if f is None or f.size(RANK) > WIDEST else f.spread((*contracted, RANK))
+            z, h = (gated_kernel.gated if self.depth else gated_kernel.shared)(gate, up, a, self.kernels)
+            if h is not None:
+                together.made[id(reader)] = siblings.Ahead(z, (h,))
+            return [z]
 
         def weight(atom):
             """The weight that a later equation reads, whose way there (casts, layout) is gone now; None for data."""

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from lorajax.core.bound import Bound, is_bound
+from lorajax.core.gated import KERNELS
 from lorajax.core.interpret import Interpreter
 from lorajax.core.packed import is_packed
 
@@ -28,7 +29,7 @@ class StrictLiftError(RuntimeError):
     """`lift(f, strict=True)` met an operation that needs a merged weight."""
 
 
-def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "") -> Callable[..., Any]:
+def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "", kernels: str = "") -> Callable[..., Any]:
     """`fn` with bound weights allowed anywhere in its arguments; with none it is `fn` itself.
 
     The result composes with jit, grad, vmap, checkpoint and meshes. Each un-jitted call traces `fn` anew, so call it
@@ -38,7 +39,11 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "") -> Cal
     strict: raise `StrictLiftError` instead of warning. once: a regular expression; a layer of which nothing is kept for
     the backward pass (`remat='full'`) dequantises quantised weights whose path it matches once for its recomputation
     and its backward pass, in place of once for each: quicker, at the memory of their dense form in one layer
-    (`lorajax.core.layerwise`). ".*" is every weight, "" none. Raises ValueError for what is no regular expression.
+    (`lorajax.core.layerwise`). ".*" is every weight, "" none. kernels: 'triton' adds the updates of both sides of
+    silu(x W1) * (x W2) where they are read, in one kernel, if the program is for one NVIDIA GPU and in 16 bits
+    (`lorajax.core.gated_kernel`); not for arrays that are split over a mesh, which the compiler would gather. It has no
+    forward-mode derivative. 'interpret' runs it in Pallas's interpreter, '' never. Raises ValueError for what is no
+    regular expression and for other kernels.
     """
 
     try:
@@ -46,6 +51,8 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "") -> Cal
     except re.error as error:
         raise ValueError(f"once={once!r} is not a regular expression on the paths of weights ({error}): '.*' is every "
                          f"weight, '' none") from None
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} is unknown; there are {', '.join(map(repr, KERNELS))}")
 
     @functools.wraps(fn)
     def lifted(*args, **kwargs):
@@ -74,7 +81,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "") -> Cal
                 warnings.warn(text, MaterialisedWeight, stacklevel=2)
 
         told: set[tuple[str, ...]] = set()
-        run = Interpreter(report, once)
+        run = Interpreter(report, once, kernels)
         results = run.closed(jaxpr, [leaves[i] for i in slots])
         results = [run.merge(r, None, "what a function returns is arrays") for r in results]
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
