@@ -35,11 +35,9 @@ from lorajax.train.step import init_state, make_step
 
 # Options of XLA beside those that experiments.bench.speed sets for all. apart: only products smaller than 5 MiB of
 # weights are put together, so the factors' and not Wq, Wk and Wv, whose sum with an update would then be a copy.
-# graphs: a scan over steps is a CUDA graph too, not its steps alone. blocks: passes are kernels of Triton where XLA's
-# model of costs prefers these, which read 16 bytes at a time where XLA's own read 8 of a 16-bit array.
+# graphs: a scan over steps is a CUDA graph too, not its steps alone.
 COMPILERS: dict[str, dict[str, Any]] = {
     "": {}, "apart": {"xla_gpu_dot_merger_threshold_mb": "5"}, "triton": {"xla_gpu_enable_triton_gemm": "True"},
-    "blocks": {"xla_gpu_experimental_enable_fusion_block_level_rewriter": "True"},
     "graphs": {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE"},
 }  # fmt: skip
 

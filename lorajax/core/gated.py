@@ -38,9 +38,11 @@ class Gates:
         self.sides: dict[int, tuple[int, Any]] = {}
         """Of a gate's last equation: which operand is the silu, and the only product that reads the result or None."""
         self.silus: set[int] = set()
+        if not kernels:
+            return
         made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         readers: dict[Any, list[Any]] = {}
-        for eqn in jaxpr.eqns if kernels else ():
+        for eqn in jaxpr.eqns:
             for atom in eqn.invars:
                 if not isinstance(atom, compat.Literal):
                     readers.setdefault(atom, []).append(eqn)
@@ -51,7 +53,7 @@ class Gates:
         def maker(atom: Any) -> Any:
             return made.get(atom) if not isinstance(atom, compat.Literal) and alone(atom) else None
 
-        for eqn in jaxpr.eqns if kernels else ():
+        for eqn in jaxpr.eqns:
             for side in (0, 1) if eqn.primitive.name == "mul" else ():
                 silu, up = maker(eqn.invars[side]), maker(eqn.invars[1 - side])
                 gate = maker(silu.invars[0]) if silu is not None and is_silu(silu) else None
