@@ -13,9 +13,9 @@ once, which is told and not counted. A row for each `--how`: XLA's attention, cu
 `--how short` is lorajax.models.short_attention, one kernel each way.
 
 Measured (one H200, JAX 0.11.2, 2026-11-23), ms of a run's step, packed and alone: MiniLM, 64 runs, short attention
-0.185 and 0.789 (4.26 times; goals at most 0.22, and 4), cuDNN's 0.251 and 0.929; BERT-base, 32 runs, 3.79 and, with
-cuDNN's, 3.92 (goal at most 3.6), alone 4.84 and 5.07 in `experiments.bench.speed`. PEFT with CUDA graphs on the same
-machine that hour (there, too): 1.11 and 7.24. Compilation of a pack 10 to 17 s.
+0.184 and 0.769 (4.17 times; goals at most 0.22, and 4), cuDNN's 0.251 and 0.929; BERT-base, 32 runs, 3.69 and, with
+cuDNN's, 3.92 (goal at most 3.6), alone 4.54 and 4.95 in `experiments.bench.speed`. PEFT with CUDA graphs on the same
+machine that hour (there, too): 1.10 and 7.41. Compilation of a pack 8 to 17 s.
 """
 
 import argparse
