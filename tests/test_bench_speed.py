@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import kernels, ours, speed
+from experiments.bench import kernels, ours, speed, work
 from experiments.bench.work import ROWS, TABLES, drawn, kind, seed, timed
 
 LINE = {"row": "tiny", "blocks": 1, "steps a block": 1, "peak GiB": 1.0, "compile s": 2.0, "grad_norm": 3.0,
@@ -46,6 +46,17 @@ def test_a_block_is_many_calls_of_a_short_step() -> None:
     found = timed(lambda: calls.append(0) or len(calls), lambda out: waited.append(out), blocks=3, steps_per_call=2)  # type: ignore[func-returns-value]
     assert found["steps a block"] == 2 * 64 and len(calls) == 1 + 3 * 64  # more would not make it 40 ms
     assert waited == [1, 65, 129, 193] and found["low"] <= found["ms"] <= found["high"]
+
+
+def test_a_block_is_four_calls_of_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def call() -> None:
+        clock[0] += 1.0
+
+    monkeypatch.setattr(work.time, "perf_counter", lambda: clock[0])
+    found = timed(call, lambda _: None, blocks=3)
+    assert (found["steps a block"], found["ms"], clock[0]) == (4, 1000.0, 13.0)
 
 
 def test_a_row_has_the_best_of_each_side_and_says_when_the_losses_differ() -> None:

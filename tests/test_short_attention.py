@@ -108,6 +108,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ((2, 64, 2, 32), {"mask": (2, 1, 64, 64)}, False),
     ((2, 64, 2, 32), {"bias": (2, 1, 1, 64)}, False),
     ((2, 64, 2, 32), {"causal": True}, False),
+    ((2, 64, 2, 32), {"scale": -0.5}, False),
 ])  # fmt: skip
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch, shape: Any, how: dict[str, Any], ours: bool) -> None:
     on_gpu(monkeypatch)

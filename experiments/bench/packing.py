@@ -12,10 +12,10 @@ arrays of its own for adapter, optimizer, batch and learning rate; alone and pac
 once, which is told and not counted. A row for each `--how`: XLA's attention, cuDNN's, the compiler set otherwise.
 `--how short` is lorajax.models.short_attention, one kernel each way.
 
-Measured (one H200, JAX 0.11.2, 2026-11-23), ms of a run's step, packed and alone: MiniLM, 64 runs, short attention
-0.184 and 0.769 (4.17 times; goals at most 0.22, and 4), cuDNN's 0.251 and 0.929; BERT-base, 32 runs, 3.69 and, with
-cuDNN's, 3.92 (goal at most 3.6), alone 4.54 and 4.95 in `experiments.bench.speed`. PEFT with CUDA graphs on the same
-machine that hour (there, too): 1.10 and 7.41. Compilation of a pack 8 to 17 s.
+Measured (one H200, JAX 0.11.2, 2026-11-23), ms of a run's step, packed and alone: MiniLM, 64 runs, 0.184 and 0.769
+(4.17 times; goals at most 0.22, and 4); BERT-base, 32 runs, 3.69 (goal at most 3.6), alone 4.54 in
+`experiments.bench.speed`. With cuDNN's attention, an earlier run: 0.251 and 0.929, 3.92 and 5.07. PEFT with CUDA graphs
+on the same machine that hour (`experiments.bench.speed`): 1.10 and 7.41. Compilation of a pack 8 to 17 s.
 """
 
 import argparse

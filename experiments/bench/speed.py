@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", choices=TABLES)
     parser.add_argument("--rows", default="", help=f"of {', '.join(ROWS)}; all of the tables")
-    parser.add_argument("--blocks", type=int, default=25, help="measurements of each way, one or more steps each")
+    parser.add_argument("--blocks", type=int, default=25, help="measurements of each way, four or more calls each")
     parser.add_argument("--quick", action="store_true", help="only the first two ways to run PEFT, and the limit")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--each", type=float, default=600, help="seconds for one side of a row")

@@ -133,7 +133,7 @@ def options(doc: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--how", nargs="+", help="ways to run it in place of the row's own")
-    parser.add_argument("--blocks", type=int, default=25, help="measurements, of one or more steps each")
+    parser.add_argument("--blocks", type=int, default=25, help="measurements, of four or more calls each")
     parser.add_argument("--file", type=Path, help="append the lines there")
     parser.add_argument("--weights", type=Path, help="a Hugging Face folder of MiniLM, for the rows of its shape")
     parser.add_argument("--wait", action="store_true", help="imports first, then starts when a line comes in")

@@ -31,7 +31,7 @@ def short_attention(
 ) -> jax.Array:  # fmt: skip
     """For `Execution.attention`: `attend` as one block a head where `fits` says so, else `otherwise`, None for
     what 'auto' is. Not for arrays that are split over a mesh: the compiler would gather them."""
-    if causal or not fits(q, k, mask, bias):
+    if causal or (scale is not None and scale <= 0) or not fits(q, k, mask, bias):
         otherwise = otherwise or partial(attend, implementation="auto")
         return otherwise(q, k, v, mask=mask, bias=bias, causal=causal, window=window, scale=scale)
     rows, keys = q.shape[0], k.shape[1]
@@ -57,8 +57,9 @@ def fits(q: jax.Array, k: jax.Array, mask: Any, bias: Any) -> bool:
 def attend_block(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, interpret: bool = False
 ) -> jax.Array:
-    """softmax(scale q k^T) v: q (B, T, N, H), k and v (B, S, N, H), seen (B, S) int32, 0 for keys that no query sees.
-    A row that sees none takes the mean of all its values, as by a mask of the least float."""
+    """softmax(scale q k^T) v: q (B, T, N, H), k and v (B, S, N, H), seen (B, S) int32, 0 for keys that no query sees,
+    which must be finite nevertheless; scale > 0. A row that sees none takes the mean of all its values, as by a mask of
+    the least float."""
     return _forward.bind(q, k, v, seen, scale=scale, interpret=interpret)[0]
 
 
@@ -119,7 +120,7 @@ def _call(kernel: Any, arrays: list[jax.Array], seen: jax.Array, like: list[jax.
         in_specs=[*map(block, arrays), pl.BlockSpec((None, _side(keys)), lambda n, b: (b, 0))],
         out_specs=[block(x) for x in like],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-        compiler_params=triton.CompilerParams(num_warps=_warps(tokens, keys, rows * heads), num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_warps(arrays[0].shape, keys), num_stages=1),
         name="short_attention" + kernel.func.__name__, interpret=interpret,
     )(*arrays, seen)  # fmt: skip
 
@@ -129,9 +130,10 @@ def _side(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _warps(tokens: int, keys: int, programs: int) -> int:
+def _warps(shape: tuple[int, ...], keys: int) -> int:
     """Of many programs two at a time do more on a processor, though a few numbers do not fit into their registers."""
-    return 8 if max(tokens, keys) > 64 and programs < 2048 else 4
+    rows, tokens, heads, size = shape
+    return 4 if max(tokens, keys) <= 64 or (size <= 64 and rows * heads >= 2048) else 8
 
 
 def _forward_block(*refs: Any, scale: float, sizes: Any) -> None:
