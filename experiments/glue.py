@@ -39,7 +39,8 @@ from lorajax.train.step import init_state, make_eval, make_step
 from lorajax.train.watch import Watch
 
 # Keys that change no number: a run may be resumed with other values.
-FREE = ("log_every", "probe", "remat", "attention", "memory", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.trial")
+FREE = ("log_every", "probe", "remat", "attention", "kernels", "quant.once", "memory", "mesh.data", "mesh.fsdp",
+        "mesh.tensor", "mesh.trial")
 # Errors that say what to do: no traceback.
 EXPLAINED = (config.ConfigError, lj.RuleError, RunError, CheckpointMismatch, adapter.AdapterMismatch, FileNotFoundError,
              ConnectionError, MeshError, TooLarge)

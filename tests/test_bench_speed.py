@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import kernels, ours, speed, work
+from experiments.bench import kernels, ours, speed
+from experiments.bench import work as shared
 from experiments.bench.work import ROWS, TABLES, drawn, kind, seed, timed
 
 LINE = {"row": "tiny", "blocks": 1, "steps a block": 1, "peak GiB": 1.0, "compile s": 2.0, "grad_norm": 3.0,
@@ -54,7 +55,7 @@ def test_a_block_is_four_calls_of_a_long_step(monkeypatch: pytest.MonkeyPatch) -
     def call() -> None:
         clock[0] += 1.0
 
-    monkeypatch.setattr(work.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(shared.time, "perf_counter", lambda: clock[0])
     found = timed(call, lambda _: None, blocks=3)
     assert (found["steps a block"], found["ms"], clock[0]) == (4, 1000.0, 13.0)
 

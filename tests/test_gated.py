@@ -2,6 +2,7 @@
 the plain path; what it replaces; what it leaves alone."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,16 +11,22 @@ import numpy as np
 import pytest
 from core import jaxprs
 from core.case import normal
+from jax import lax
 
 import lorajax as lj
+from experiments import glue, objective
 from lorajax import build, config
 from lorajax.core import gated
 from lorajax.models import Llama, LlamaConfig
+from lorajax.train.run import Run
 from lorajax.variants import AdaLoRA, DoRA, LoRA
 
 ROWS, WIDTH, INNER = 32, 24, 128
 SHAPES = {"gate": (WIDTH, INNER), "up": (WIDTH, INNER), "down": (INNER, WIDTH)}
 X = normal(2, ROWS // 2, WIDTH, seed=7)
+HF = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+      "num_key_value_heads": 1, "intermediate_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+      "hidden_act": "silu"}  # fmt: skip
 
 
 def ffn(params: Any, x: jax.Array, act: Any = jax.nn.silu) -> jax.Array:
@@ -117,23 +124,56 @@ def other_silu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(x + 1)
 
 
+other_silu.__name__ = "silu"
+
+
+@jax.custom_vjp
+def own_slope(x: jax.Array) -> jax.Array:
+    return x * lax.logistic(x)
+
+
+own_slope.defvjp(lambda x: (own_slope(x), None), lambda _, by: (by,))
+
+
+def thrice(x: jax.Array) -> jax.Array:
+    return lax.scan(lambda c, _: (c * lax.logistic(c), None), x, length=3)[0]
+
+
 def twice(params: Any, x: jax.Array) -> jax.Array:
     up = x @ params["up"]
     return (jax.nn.silu(x @ params["gate"]) * up + up) @ params["down"]
 
 
-other_silu.__name__ = "silu"
+def of_both(params: Any, x: jax.Array) -> jax.Array:
+    gate, up = x @ params["gate"], x @ params["up"]
+    return (jax.jit(lambda a, b: lax.logistic(a) * b)(gate, gate + 1) * up) @ params["down"]
 
 
 @pytest.mark.parametrize(("fn", "targets", "rows"), [
     (ffn, "up", ROWS), (ffn, "gate|down", ROWS), (ffn, ".*", 5), (partial(ffn, act=jax.nn.gelu), ".*", ROWS),
-    (partial(ffn, act=jax.jit(other_silu)), ".*", ROWS), (twice, ".*", ROWS),
+    (partial(ffn, act=jax.jit(other_silu)), ".*", ROWS), (twice, ".*", ROWS), (partial(ffn, act=own_slope), ".*", ROWS),
+    (partial(ffn, act=thrice), ".*", ROWS), (partial(ffn, act=jax.jit(lambda x: lax.logistic(x) * 2.0)), ".*", ROWS),
+    (of_both, ".*", ROWS),
 ])  # fmt: skip
-def test_what_it_leaves_alone(fn: Any, targets: str, rows: int) -> None:
-    _, t, run = adapted(LoRA(rank=4), targets, fn)
+@pytest.mark.parametrize("variant", [LoRA(rank=4), DoRA(LoRA(rank=4))])
+def test_what_it_leaves_alone(fn: Any, targets: str, rows: int, variant: Any) -> None:
+    _, t, run = adapted(variant, targets, fn)
     x = X.reshape(-1, WIDTH)[:rows]
     assert not kernels(partial(run, "interpret"), t, x)
     same(run("interpret", t, x), run("", t, x), 1e-6)
+    same(*(slopes(partial(run, k))(t, x) for k in ("interpret", "")), 1e-6)
+
+
+def test_inside_shard_map() -> None:
+    """Pallas's interpreter takes no data there whose axes JAX checks."""
+    mesh = jax.make_mesh((1,), ("data",))
+
+    def mapped(params: Any, x: jax.Array) -> jax.Array:
+        spec = jax.sharding.PartitionSpec()
+        return jax.shard_map(ffn, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(params, x)
+
+    _, t, run = adapted(LoRA(rank=4), fn=mapped)
+    same(run("interpret", t, X), run("", t, X), 1e-6)
 
 
 def test_on_a_machine_without_such_a_gpu_it_is_the_plain_path() -> None:
@@ -143,10 +183,7 @@ def test_on_a_machine_without_such_a_gpu_it_is_the_plain_path() -> None:
 
 @pytest.mark.parametrize("how", [{}, {"scan_layers": True, "remat": "full"}, {"remat": "attention"}])
 def test_in_a_decoder(how: dict[str, Any]) -> None:
-    hf = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "num_key_value_heads": 1, "intermediate_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-          "hidden_act": "silu"}  # fmt: skip
-    net = Llama(LlamaConfig.from_hf(hf, **how))
+    net = Llama(LlamaConfig.from_hf(HF, **how))
     ids = jnp.arange(64).reshape(4, 16) % 40
     params = net.init(jax.random.key(0), ids)
     adapt = lj.adapt(lj.sites(net.apply, params, ids), [("all-linear", LoRA(rank=2))])
@@ -166,6 +203,24 @@ def test_in_a_decoder(how: dict[str, Any]) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"kernels='tritn' is unknown; there are '', 'triton', 'interpret'"):
         lj.lift(ffn, kernels="tritn")
+
+
+def test_an_older_run_goes_on(tmp_path: Any) -> None:
+    """Its config says nothing of kernels, on which no number depends."""
+    now = config.to_dict(config.load("configs/e2e.py"))
+    before = {k: v for k, v in now.items() if k != "kernels"} | {
+        "quant": {k: v for k, v in now["quant"].items() if k != "once"}}  # fmt: skip
+    for c in (before, now):
+        with Run(tmp_path, c, ignore=glue.FREE, tensorboard=False):
+            pass
+
+
+def test_language_models_pass_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(objective.lj, "lift", lambda fn, **how: given.append(how["kernels"]) or fn)
+    c: Any = config.load("configs/e2e.py")
+    objective.make_sft(c, SimpleNamespace(net=Llama(LlamaConfig.from_hf(HF)), head="head"), SimpleNamespace(plan={}))
+    assert set(given) == {"triton"}
 
 
 def test_the_config_takes_it_on_one_device_only() -> None:

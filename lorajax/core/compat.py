@@ -170,6 +170,11 @@ def varying(array: Any) -> frozenset[str]:
     return getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
 
 
+def manual() -> bool:
+    """Whether this is inside shard_map."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def vary(array: Any, as_in: Any) -> Any:
     """An array that is the same everywhere, of the type of one that differs along the axes of `as_in`."""
     return jax.lax.pcast(array, tuple(varying(as_in)), to="varying") if varying(as_in) else array

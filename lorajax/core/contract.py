@@ -100,7 +100,7 @@ def dot_general(eqn, left, right, hidden: Any = None, wait: bool = False) -> jax
         if term.a is not None and term.b is not None:
             given = None if hidden is None or hidden[i] is None else Labelled(hidden[i], (*free_x, RANK))
             b = term.b if last is None else term.bare
-            if wait and mesh is None and not compat.varying(y) and term is node.terms[-1] and term.only is None:
+            if wait and mesh is None and not compat.manual() and term is node.terms[-1] and term.only is None:
                 parts = components(term, term.a, b, xt, x, out, set(nc), node_left, mesh, how, given)
                 if (later := _waiting(*parts[:3], y, out, last)) is not None:
                     return later
@@ -126,7 +126,7 @@ def added(x: Waiting) -> jax.Array:
     """What a product that waits stands for."""
     update = lax.dot_general(x.h.reshape(-1, x.h.shape[-1]), x.b, (((1,), (0,)), ((), ())))
     y = x.y + update.reshape(x.y.shape)
-    return y if x.g is None else scale(y, x.g)
+    return y if x.g is None else scale(y, x.g.reshape(*[1] * (y.ndim - 1), -1))
 
 
 def _last(node: Bound, contracted: set[int]) -> Factor | None:

@@ -77,11 +77,14 @@ def multiplies(eqn: Any, x: Any) -> bool:
 
 def is_silu(eqn: Any) -> bool:
     """Whether a jitted function is x logistic(x), as `jax.nn.silu` is."""
-    inner = [compat.open_jaxpr(j) for j in compat.subjaxprs(eqn)]
-    if len(inner) != 1 or [e.primitive.name for e in inner[0].eqns] != ["logistic", "mul"]:
+    if eqn.primitive.name not in ("jit", "pjit"):
         return False
-    (x,), (logistic, mul) = inner[0].invars, inner[0].eqns
-    return logistic.invars[0] is x and {*mul.invars} == {x, *logistic.outvars} and [*inner[0].outvars] == mul.outvars
+    inner = compat.open_jaxpr(eqn.params["jaxpr"])
+    if len(inner.invars) != 1 or [e.primitive.name for e in inner.eqns] != ["logistic", "mul"]:
+        return False
+    (x,), (logistic, mul) = inner.invars, inner.eqns
+    (s,) = logistic.outvars
+    return logistic.invars[0] is x and [*mul.invars] in ([x, s], [s, x]) and [*inner.outvars] == [*mul.outvars]
 
 
 def fits(gate: Any, up: Any, kernels: str) -> bool:
@@ -90,6 +93,6 @@ def fits(gate: Any, up: Any, kernels: str) -> bool:
     if gate.ndim < 2 or (gate.shape, gate.dtype) != (up.shape, up.dtype):
         return False
     whole = math.prod(gate.shape[:-1]) % ROWS == 0 and gate.shape[-1] % COLUMNS == 0
-    wide = gate.dtype in (jnp.float32, jnp.float64)
-    return whole and (wide or jnp.issubdtype(gate.dtype, jnp.floating)) and (
-        kernels == "interpret" or (not wide and compat.triton_gpu()))
+    if kernels == "interpret":
+        return whole and gate.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return whole and gate.dtype in (jnp.bfloat16, jnp.float16) and compat.triton_gpu()

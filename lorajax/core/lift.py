@@ -40,10 +40,10 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, once: str = "", kernel
     the backward pass (`remat='full'`) dequantises quantised weights whose path it matches once for its recomputation
     and its backward pass, in place of once for each: quicker, at the memory of their dense form in one layer
     (`lorajax.core.layerwise`). ".*" is every weight, "" none. kernels: 'triton' adds the updates of both sides of
-    silu(x W1) * (x W2) where they are read, in one kernel, if the program is for one NVIDIA GPU and in 16 bits
-    (`lorajax.core.gated_kernel`); not for arrays that are split over a mesh, which the compiler would gather. It has no
-    forward-mode derivative. 'interpret' runs it in Pallas's interpreter, '' never. Raises ValueError for what is no
-    regular expression and for other kernels.
+    silu(x W1) * (x W2) where they are read, in one kernel, in 16 bits where JAX's default device is an NVIDIA GPU, for
+    which the program has to be (`lorajax.core.gated_kernel`); not for arrays that are split over a mesh, which the
+    compiler would gather. It has no forward-mode and no second derivative. 'interpret' runs it in Pallas's interpreter,
+    '' never. Raises ValueError for what is no regular expression and for other kernels.
     """
 
     try:
