@@ -206,7 +206,7 @@ def attention(config: ConfigDict) -> Any:
 def kernels(config: ConfigDict) -> str:
     """`config.kernels` as `lift` knows it, which takes no arrays that are split over a mesh; older runs have none."""
     known = choose("kernels", config.get("kernels", ""), {"": "", "auto": "triton"})
-    return known if make_mesh(dict(config.mesh)) is None else ""
+    return known if known and make_mesh(dict(config.mesh)) is None else ""
 
 
 def with_head(model: Model, key: jax.Array) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_the_benchmark_in_small() -> None:
 def test_what_is_dequantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe's `once` reaches the lifted model of every pass that trains."""
     asked: list[Any] = []
-    monkeypatch.setattr(lj, "lift", lambda fn, once=None: asked.append(once) or fn)
+    monkeypatch.setattr(lj, "lift", lambda fn, once=None, **_: asked.append(once) or fn)
     c = config.load("configs/qlora.py:smoke")
     model: Any = SimpleNamespace(net=SimpleNamespace(apply=lambda *_: None, config=SimpleNamespace()), head="")
     plan: Any = SimpleNamespace(plan={})
