@@ -139,8 +139,9 @@ def test_the_plan_comes_first_and_mistakes_are_named(files: Any, capsys: Any) ->
         sweep.main([])
 
 
-def test_what_a_packed_run_reports_is_of_its_best_step(files: Any) -> None:
-    """The rate is next to nothing, so that the first evaluation stays the best, while gates go in every step."""
+@pytest.fixture(scope="module")
+def sora(files: Any) -> Path:
+    """Two runs of a rate next to nothing, so that the first evaluation stays the best, while gates go in every step."""
     trial = {"config": "sora", "arg.task": "sst2", "arg.model": str(files / "model"), "arg.targets": "qv",
              "data": str(files / "data"), "max_length": 16, "batch": 8, "eval_batch": 16, "epochs": 1.0, "shapes": 1,
              "dropout": 0.0, "eval_every": 2, "lr": 1e-9, "controller.times_lr": False, "controller.threshold": 0.1}
@@ -149,7 +150,11 @@ def test_what_a_packed_run_reports_is_of_its_best_step(files: Any) -> None:
                      "def get_config(arg=None):\n"
                      f"    return ConfigDict({{'trials': product(fixed(**{trial!r}), each('seed', [0, 1]))}})\n")
     sweep.main([f"--config={study}", f"--workdir={files / 'sora'}"])
-    summaries = list((files / "sora").rglob("summary.json"))
+    return files / "sora"
+
+
+def test_what_a_packed_run_reports_is_of_its_best_step(sora: Path) -> None:
+    summaries = list(sora.rglob("summary.json"))
     assert len(summaries) == 2
     for file in summaries:
         summary = json.loads(file.read_text())
@@ -234,12 +239,12 @@ def test_what_goes_wrong_ahead_or_behind_takes_nothing_down(files: Any, tmp_path
     assert len(list(tmp_path.rglob("failed.json"))) == 5
 
 
-def test_numbers_alone(files: Any, tmp_path: Path) -> None:
-    study = files / "two.py"
-    study.write_text((files / "sora.py").read_text())
+def test_numbers_alone(sora: Path, tmp_path: Path) -> None:
+    study = sora.parent / "two.py"
+    study.write_text((sora.parent / "sora.py").read_text())
     sweep.main([f"--config={study}", f"--workdir={tmp_path}", "--adapters=false"])
     for file in tmp_path.rglob("summary.json"):
-        want = files / "sora" / file.relative_to(tmp_path)
+        want = sora / file.relative_to(tmp_path)
         mine, whole = (json.loads(f.read_text()) for f in (file, want))
         assert {k: mine[k] for k in mine if k != "seconds"} == {k: whole[k] for k in whole if k != "seconds"}
         assert not (file.parent / "adapter").exists()
