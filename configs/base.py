@@ -194,7 +194,7 @@ def lm(arg: str | None, *, task: str, lr: float, rank: int, targets: str, **valu
     c.packing = False
     # Model. attention: as for encoders, JAX's choice unless asked. dropout: of a GPT-2, -1 for the checkpoint's own.
     # kernels: auto adds the updates of both sides of silu(gate) * up where they are read, by a kernel of Pallas for
-    # Triton, on one NVIDIA GPU in 16 bits (lorajax.core.gated); '' leaves all to XLA.
+    # Triton, on one NVIDIA GPU in 16 bits (lorajax.core.gated_kernel); '' leaves all to XLA.
     c.attention = ""
     c.kernels = "auto"
     c.dropout = 0.0

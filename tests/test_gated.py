@@ -16,7 +16,7 @@ from jax import lax
 import lorajax as lj
 from experiments import glue, objective
 from lorajax import build, config
-from lorajax.core import gated
+from lorajax.core import contract, gated, interpret
 from lorajax.models import Llama, LlamaConfig
 from lorajax.train.run import Run
 from lorajax.variants import AdaLoRA, DoRA, LoRA
@@ -174,6 +174,17 @@ def test_inside_shard_map() -> None:
 
     _, t, run = adapted(LoRA(rank=4), fn=mapped)
     same(run("interpret", t, X), run("", t, X), 1e-6)
+
+
+def test_ranks_that_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the next product: its x A is a product of its own. Of a side: it is added up (a rank that no other test here
+    has, for rules are traced once for equal shapes)."""
+    for module, rank, made in ((interpret, 4, 1), (contract, 6, 0)):
+        with monkeypatch.context() as m:
+            m.setattr(module, "WIDEST", 3)
+            _, t, run = adapted(LoRA(rank=rank))
+            assert len(kernels(partial(run, "interpret"), t, X)) == made
+            same(*(slopes(partial(run, k))(t, X) for k in ("interpret", "")))
 
 
 def test_on_a_machine_without_such_a_gpu_it_is_the_plain_path() -> None:
